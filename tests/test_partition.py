@@ -1,0 +1,236 @@
+"pacl.partition: Eqs. 1 and 2, the four partitions, and their quality against a naive count."
+import json
+import sys
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from test_data import COLOURS, make_world
+
+from pacl.data import run_data
+from pacl.partition import (PARTITIONS, SCALES, assign_partition, clip_score, emotion_score, partition_quality, plot_gallery,
+                            plot_partition, rank_threshold, read_partition, run_partition, score_pairs)
+from pacl.stages import InputError, read_record, write_stage
+
+unit = st.sampled_from([0., 0.5, 0.7, 1.]) | st.floats(0, 1)
+
+
+@st.composite
+def scores(draw):
+    n = draw(st.integers(1, 8))
+    return draw(hnp.arrays(float, n, elements=unit)), draw(hnp.arrays(float, n, elements=unit))
+
+
+@given(scores(), unit)
+def test_partition_is_two_comparisons(pair, γ):
+    names = {(True, True): 'strong', (False, True): 'emotional', (True, False): 'factual', (False, False): 'weak'}
+    assert assign_partition(*pair, γ).tolist() == [names[f > γ, e > γ] for f, e in zip(*pair)]
+
+
+@given(scores())
+def test_the_sweep_ends_at_all_weak(pair):
+    assert set(assign_partition(*pair, 1)) == {'weak'}
+    assert set(assign_partition(*(p + 1e-9 for p in pair), 0)) == {'strong'}
+
+
+def test_both_matched_is_strong_and_the_default_is_the_papers():
+    assert assign_partition(pd.Series([.71, .7, .71, .7]), pd.Series([.71, .71, .7, .7])).tolist() == list(PARTITIONS)
+    assert assign_partition([], []).tolist() == []
+
+
+@pytest.mark.parametrize('γ', [-0.1, 1.1, float('nan'), float('inf')])
+def test_threshold_outside_0_1(γ):
+    with pytest.raises(ValueError, match=r'threshold .* expected a number in \[0, 1\]'): assign_partition([.5], [.5], γ)
+
+
+@pytest.mark.parametrize('factual, emotional', [([.1, .2, np.nan], [.1, .2, .3]), ([.1, .2, .3], [.1, .2, np.nan])])
+def test_nan_names_the_row(factual, emotional):
+    with pytest.raises(ValueError, match='row 2 .*nan.*1 of 3'): assign_partition(factual, emotional)
+
+
+def test_scores_of_different_length():
+    with pytest.raises(ValueError, match='one shape'): assign_partition([.1, .2], [.1])
+
+
+@st.composite
+def embeddings(draw):
+    n, d = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    number = st.sampled_from([-1., 0., 1.]) | st.floats(-1, 1, width=32)
+    return draw(hnp.arrays(np.float32, (n, d), elements=number)), draw(hnp.arrays(np.float32, (n, d), elements=number))
+
+
+def naive_cosines(a, b):
+    def norm(x): return sum(float(v) ** 2 for v in x) ** .5
+    return [sum(float(x) * float(y) for x, y in zip(p, q)) / max(norm(p) * norm(q), 1e-12) for p, q in zip(a, b)]
+
+
+@given(embeddings())
+def test_equations_1_and_2(pair):
+    cosines = naive_cosines(*pair)
+    np.testing.assert_allclose(clip_score(*pair), [min(2.5 * max(c, 0), 1) for c in cosines], atol=1e-9)
+    np.testing.assert_allclose(emotion_score(*pair), [min(max(c, 0), 1) for c in cosines], atol=1e-9)
+
+
+@settings(deadline=None)  # scipy is imported by the first call
+@given(embeddings(), st.sampled_from(SCALES))
+def test_every_scale_keeps_order_and_range(pair, scale):
+    cosines, found = np.array(naive_cosines(*pair)), clip_score(*pair, scale)
+    assert found.shape == cosines.shape and ((0 <= found) & (found <= 1)).all()
+    assert (found[:, None] <= found)[cosines[:, None] < cosines - 1e-9].all()
+    if scale != 'clipscore': np.testing.assert_array_equal(emotion_score(*pair, scale), found)
+
+
+@settings(deadline=None)  # scipy is imported by the first call
+@given(embeddings(), st.sampled_from(SCALES))
+def test_scales_do_not_depend_on_the_order_of_rows(pair, scale):
+    np.testing.assert_allclose(clip_score(*(p[::-1] for p in pair), scale), clip_score(*pair, scale)[::-1], atol=1e-12)
+
+
+def test_ranks_are_quantiles():
+    n = 1000
+    angle = np.random.default_rng(0).uniform(0, np.pi, n)
+    found = clip_score(np.stack([np.cos(angle), np.sin(angle)], 1), np.tile([1., 0.], (n, 1)), 'rank')
+    for γ in (0, .25, .53, 1): assert abs((found > γ).mean() - (1 - γ)) <= 1 / n
+    assert clip_score(np.ones((3, 2)), np.ones((3, 2)), 'rank').tolist() == [.5] * 3  # ties share a rank
+    assert clip_score(np.ones((3, 2)), np.ones((3, 2)), 'minmax').tolist() == [.5] * 3
+
+
+def test_wrong_scales_shapes_and_numbers():
+    one = np.ones((2, 3))
+    with pytest.raises(ValueError, match='"clipscor", expected one of clipscore, cosine, minmax, rank'): clip_score(one, one, 'clipscor')
+    with pytest.raises(ValueError, match='belongs to CLIP'): emotion_score(one, one, 'clipscore')
+    with pytest.raises(ValueError, match='one shape'): clip_score(one, np.ones((3, 3)))
+    bad = one.copy(); bad[1, 2] = np.nan
+    with pytest.raises(ValueError, match='row 1 .*not finite'): clip_score(one, bad, 'rank')
+
+
+def test_rank_threshold_gives_the_papers_shares():
+    γ = rank_threshold(.22)
+    assert round(γ, 2) == .53
+    assert abs((1 - γ) ** 2 - .22) < 1e-12 and abs(2 * γ * (1 - γ) - .51) < .02 and abs(γ ** 2 - .27) < .02
+    with pytest.raises(ValueError, match='strong_share'): rank_threshold(1.2)
+
+
+def random_table(n, seed, noise=0.5):
+    rng = np.random.default_rng(seed)
+    truth = pd.DataFrame({'id': [f'{i:04}' for i in range(n)], 'factual': rng.integers(0, 2, n), 'emotional': rng.integers(0, 2, n)})
+    truth['partition'] = assign_partition(truth['factual'], truth['emotional'])
+    # rounded: ties occur, and count one half
+    table = truth.assign(**{name: (truth[name] + rng.normal(0, noise, n)).clip(0, 1).round(1) for name in ('factual', 'emotional')})
+    return table.assign(partition=assign_partition(table['factual'], table['emotional'], .5)), truth
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_quality_against_naive_loops(seed):
+    table, truth = random_table(60, seed)
+    found = partition_quality(table, truth)
+    for name in ('factual', 'emotional'):
+        wins = [(p > q) + (p == q) / 2 for p, x in zip(table[name], truth[name]) if x for q, y in zip(table[name], truth[name]) if not y]
+        assert abs(found[f'auroc_{name}'] - sum(wins) / len(wins)) < 1e-12
+    for i, said in enumerate(PARTITIONS):
+        inside = [t for t, p in zip(truth['partition'], table['partition']) if p == said]
+        held = [p for t, p in zip(truth['partition'], table['partition']) if t == said]
+        assert found['precision'][said] == inside.count(said) / len(inside) and found['recall'][said] == held.count(said) / len(held)
+        assert found['share'][said] == len(inside) / 60 and found['true_share'][said] == len(held) / 60
+        assert [row[i] for row in found['confusion']] == [inside.count(name) for name in PARTITIONS]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_quality_where_it_is_not_defined():
+    table, truth = random_table(20, 0)
+    truth = truth.assign(factual=1, partition=assign_partition(np.ones(20), truth['emotional']))
+    found = partition_quality(table.assign(partition='strong'), truth)
+    assert found['auroc_factual'] is None and found['precision']['weak'] is None and found['recall']['weak'] is None
+    with pytest.raises(ValueError, match='different ids'): partition_quality(table[::-1], truth)
+
+
+@pytest.mark.parametrize('row, says', [
+    ('0017,.9,.2,emotionl', ['row 3', 'id 0017', 'partition is "emotionl"', ', '.join(PARTITIONS), '1 of 2']),
+    ('0017,.9,high,weak', ['row 3', 'emotional is "high"', '[0, 1]']),
+    ('0017,1.9,.2,weak', ['row 3', 'factual is "1.9"']),
+    ('0017,,.2,weak', ['row 3', 'factual is ""']),
+    ('0017,nan,.2,weak', ['row 3', 'factual is "nan"']),
+    ('0018,.9,.2,weak', ['rows 2, 3', '0018']),
+])
+def test_a_wrong_partition_file_is_named(tmp_path, row, says):
+    path = tmp_path / 'partition.csv'
+    path.write_text(f'id,factual,emotional,partition\n0018,0.5,1,emotional\n{row}\n')
+    with pytest.raises(InputError) as error: read_partition(path)
+    for part in [str(path), *says]: assert part in str(error.value)
+
+
+class Evaluators:
+    "Judges make_world's pictures by colour and brightness; right by construction."
+    def embed_images(self, images): return images.reshape(len(images), -1, 3).mean(1)
+    def top_phrases(self, images, k=3): return [', '.join([f'{"joy" if image.max() > 200 else "grief"} thing'] * k) for image in images]
+
+
+class Clip(Evaluators):
+    def embed_texts(self, texts): return np.array([COLOURS[text.split()[0]] for text in texts], float)
+
+
+class Sentiment(Evaluators):
+    def embed_texts(self, texts): return np.array([[1., 0] if 'joy' in text else [0, 1.] for text in texts])
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    module = types.ModuleType('pacl.standins')
+    module.load_evaluators = lambda folder: (Clip(), Evaluators(), Sentiment())
+    monkeypatch.setitem(sys.modules, 'pacl.standins', module)
+    run = make_world(tmp_path / 'run', bad=[7])
+    run_data(run, image_size=4)
+    with write_stage(run / 'standins', {'stage': 'standins'}) as folder: (folder / 'anps.txt').write_text('joy thing')
+    return run
+
+
+def test_run_partition(run):
+    out = run_partition(run, threshold=.7, scale='clipscore')
+    table, truth = read_partition(out / 'partition.csv'), read_partition(out / 'true_partition.csv')
+    assert len(table) == 59 and '0007' not in set(table['id'])  # its picture was rejected
+    pd.testing.assert_frame_equal(table, truth, check_dtype=False)
+    quality = json.loads((out / 'quality.json').read_text())
+    assert quality['auroc_factual'] == quality['auroc_emotional'] == 1 and quality['recall'] == dict.fromkeys(PARTITIONS, 1)
+    assert sum(read_record(out)['result'][name] for name in PARTITIONS) == 59
+    full = pd.read_csv(out / 'truth.csv', dtype={'id': str})
+    assert list(full['id']) == list(table['id']) and {'object', 'emotion', 'text_object', 'text_emotion'} <= set(full)
+
+
+def test_truth_does_not_influence_the_partition(run):
+    before = (run_partition(run, threshold=.53, scale='rank') / 'partition.csv').read_bytes()
+    truth = pd.read_csv(run / 'world/truth.csv', dtype=str)
+    truth[::-1].assign(id=truth['id'].to_numpy(), partition='weak').to_csv(run / 'world/truth.csv', index=False)
+    run_partition(run, threshold=.54, scale='rank')
+    assert (run_partition(run, threshold=.53, scale='rank') / 'partition.csv').read_bytes() == before
+    (run / 'world/truth.csv').unlink()
+    run_partition(run, threshold=.54, scale='rank')
+    out = run_partition(run, threshold=.53, scale='rank')
+    assert (out / 'partition.csv').read_bytes() == before and sorted(p.name for p in out.iterdir()) == ['partition.csv', 'stage.json']
+
+
+def test_posts_of_your_own_have_no_truth(run):
+    run_data(run, posts=str(run / 'world/posts'), image_size=4)  # the same ids, and yet nobody says that these are the world's
+    assert not (run_partition(run, threshold=.7, scale='clipscore') / 'truth.csv').exists()
+
+
+def test_score_pairs_uses_a_plain_cosine_beside_clipscore(run):
+    images, texts = np.full((2, 4, 4, 3), 255, np.uint8), ['red joy', 'blue grief']
+    images[1, ..., 1:] = 0
+    for scale in SCALES:
+        found = score_pairs(images, texts, Clip(), Evaluators(), Sentiment(), scale)
+        assert list(found) == ['factual', 'emotional'] and found.to_numpy().min() >= 0 and found.to_numpy().max() <= 1
+    assert score_pairs(images, texts, Clip(), Evaluators(), Sentiment(), 'clipscore')['factual'].tolist() == [1, 0]
+
+
+def test_figures_show_every_partition():
+    table, _ = random_table(40, 0)
+    labels = [text.get_text() for text in plot_partition(table, .5).legends[0].get_texts()]
+    assert [label.split()[0] for label in labels] == list(PARTITIONS)
+    few = table[table['partition'] != 'weak'].reset_index(drop=True)  # an empty partition leaves an empty row
+    fig = plot_gallery(few, np.zeros((len(few), 4, 4, 3), np.uint8), ['a $ b'] * len(few), columns=3)
+    assert len(fig.axes) == 12 and sum(len(ax.images) for ax in fig.axes) == 9
+    fig.canvas.draw()
