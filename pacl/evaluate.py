@@ -28,9 +28,9 @@ def head_input(
     backbone: nn.Module | None,   # None: the inputs are the features
 ) -> Tensor:                      # (n, D) float32
     x = inputs[rows]
-    if backbone is None: return torch.tensor(x, dtype=torch.float32)
-    if x.dtype == np.uint8: return backbone(to_input(x, backbone))
-    return backbone(torch.tensor(x, dtype=torch.float32).contiguous(memory_format=torch.channels_last))
+    if backbone and x.dtype == np.uint8: return backbone(to_input(x, backbone))
+    x = torch.tensor(x, dtype=torch.float32)
+    return backbone(x) if backbone else x
 
 @torch.no_grad()
 def extract(
@@ -144,10 +144,10 @@ def train_and_test(
     *,
     seed: int = 0,
     **training,      # as for `train_heads`
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # task, metric, value, seed, n, ci_low, ci_high; what the heads say of `test`, a column for each task
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # task, metric, value, seed, n, ci_low, ci_high; predictions for `test`, a column a task
     "Trains on `train`, chooses on `val`, reads `test` once. The classes are those of `train`."
     classes = {task: np.unique(column) for task, column in pd.DataFrame(train[1]).items()}
-    def coded(x, labels): return x, np.stack([pd.Categorical(c, classes[t]).codes.astype(int) for t, c in pd.DataFrame(labels).items()], 1)
+    def coded(x, labels): return x, np.stack([pd.Index(classes[t]).get_indexer(c) for t, c in pd.DataFrame(labels).items()], 1)
     models, accuracy = train_heads(coded(*train), coded(*val), seed=seed, **training)
     inputs, labels = test
     said, labels = predict(models, inputs).numpy(), pd.DataFrame(labels)
@@ -219,7 +219,7 @@ def evaluate_encoder(
     for name in ('new', 'seen'):
         table, inputs = benchmark_inputs(run, name)
         rows = [np.flatnonzero(table['split'] == split) for split in ('train', 'val', 'test')]
-        if not all(map(len, rows)): raise InputError(f'{run}/data/{name}.csv lacks train, val or test pictures. Give it some of each split.')
+        if not all(map(len, rows)): raise InputError(f'{run}/data/{name}.csv lacks train, val or test pictures. Give it some of each.')
         truth = table.iloc[rows[2]].reset_index(drop=True)
         if method == 'colour-histogram':
             x = colour_histogram(load_set(run, name)[1])
@@ -246,8 +246,8 @@ def run_evaluate(
     "§4.4 and §4.5 as a stage."
     runs = pd.read_csv(run / 'models' / 'runs.csv', dtype={'run': str})
     seeds = sorted(map(int, runs['seed'].unique()))
-    jobs = [('initial', '', None, seeds), ('shuffled-labels', '', None, seeds), ('colour-histogram', '', None, seeds)]
-    jobs += [(r.method, r.partition, r.run, [int(r.seed)]) for r in runs.itertuples()]
+    jobs = [('initial', '', None, seeds), *((r.method, r.partition, r.run, [int(r.seed)]) for r in runs.itertuples()),
+            ('colour-histogram', '', None, seeds), ('shuffled-labels', '', None, seeds)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

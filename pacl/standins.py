@@ -45,13 +45,13 @@ def tune_text_encoder(
     steps: int = 80,        # of 64 sentences, half of them with an emotion word
     seed: int = 0,
 ) -> tuple[nn.Linear, pd.DataFrame]:  # the emotion head, and the losses of valence and emotion, a row each step
-    "Valence by regression, emotion by classification, from the mean of the token states: AdamW 1e-4 (heads 1e-2), linear decay."
+    "Valence by regression, emotion by classification, from the mean of the token states: AdamW 3e-4 (heads 1e-2), linear decay."
     torch.manual_seed(seed)
     rng, dim, layers = np.random.default_rng(seed), model.config.hidden_size, model.encoder.layer
     upper = layers[len(layers) // 2:]  # words that are not tuned on must keep their place beside those that are
     model.requires_grad_(False), upper.requires_grad_(True)
     heads = nn.ModuleDict({'valence': nn.Linear(dim, 1), 'emotion': nn.Linear(dim, len(EMOTIONS))})
-    optimizer = torch.optim.AdamW([{'params': upper.parameters(), 'lr': 1e-4}, {'params': heads.parameters(), 'lr': 1e-2}])
+    optimizer = torch.optim.AdamW([{'params': upper.parameters(), 'lr': 3e-4}, {'params': heads.parameters(), 'lr': 1e-2}])
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     rated, known, log = words[words['valence'].notna()], words[words['emotion'] >= 0], []
     model.eval()  # no dropout: so few steps do not overfit

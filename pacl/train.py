@@ -9,6 +9,7 @@ __all__ = ['MAIN', 'FULL', 'PARTITIONS', 'TrainConfig', 'active_partitions', 'en
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -49,6 +50,10 @@ class TrainConfig:
 
     @property
     def name(self) -> str: return f'{self.method}-{self.partition}-s{self.seed}'  # of the run's folder
+
+    def __post_init__(self):  # "palc" would train as unpartitioned
+        for name, valid in {'method': dict.fromkeys(m for m, _ in FULL), 'partition': ('evaluators', 'true')}.items():
+            if getattr(self, name) not in valid: raise InputError(f'{name} is "{getattr(self, name)}", expected one of {", ".join(valid)}')
 
 # %% ../nbs/06_train.ipynb #06-008
 def active_partitions(
@@ -286,12 +291,13 @@ def main(
 
 def enhance(
     run: str | Path,         # a profile's folder with data/, features/, partition/ and clusters/
-    folder: str | Path,      # where the enhanced encoder goes
+    folder: str | Path,      # where the enhanced encoder goes: new or empty
     **settings,              # of TrainConfig
 ) -> VisualEncoder:
     "Trains in this process and returns the enhanced encoder, ready for pictures. Raises TypeError for an unknown setting."
-    config = TrainConfig(**settings)
-    train(Posts(Path(run)), config, Path(folder))
+    config, folder = TrainConfig(**settings), Path(folder)
+    if folder.exists() and any(folder.iterdir()): raise InputError(f'{folder} is not empty. Name another folder, or delete it.')
+    train(Posts(Path(run)), config, folder)
     return load(folder)
 
 if __name__ == '__main__' and 'ipykernel' not in sys.modules:  # in a notebook, too, the name is __main__
@@ -315,18 +321,22 @@ def run_train(
     processes: int = 2,          # started by torchrun
 ) -> dict:                       # number of runs
     "§ 3.3.5, 4.2 as a stage: every method with every seed."
-    truth = (run / 'partition' / 'true_partition.csv').exists()
+    posts = Posts(run)
     jobs = [TrainConfig(method=m, partition=p, seed=seed, epochs=epochs, batch_size=batch_size, lr=lr, projector_lr=projector_lr, temperature=temperature)
-            for seed in range(n_seeds) for m, p in (FULL if compare == 'full' else MAIN) if truth or p == 'evaluators']
+            for seed in range(n_seeds) for m, p in (FULL if compare == 'full' else MAIN) if p in posts.partitions]
+    for job in jobs: plan_steps(posts.partitions[job.partition], job)  # what is wrong with the input is said here, not by torchrun
+    del posts
     inputs = [digest(file_hashes(run / name)) for name in ('data', 'features', 'partition', 'clusters')]
     parts = run / '.models-parts' / digest([inputs, code_hashes('pacl.train'), epochs, batch_size, lr, projector_lr, temperature, processes])
     parts.mkdir(parents=True, exist_ok=True)
     (parts / 'jobs.json').write_text(json.dumps([asdict(job) for job in jobs]))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m', 'pacl.train']
-    ended = subprocess.run(command + [str(run), str(parts / 'jobs.json'), str(parts)], 
+    ended = subprocess.run(command + [str(run), str(parts / 'jobs.json'), str(parts)],
                            stderr=subprocess.PIPE, text=True, env=os.environ | {'PACL_PARENT': str(os.getpid())})
     if ended.returncode:
-        raise RuntimeError('training stopped; finished runs are kept, and the same command goes on.\n' + ended.stderr[-3000:])
+        first = re.findall(r'^(?:\[rank\d+\]: )?(\w*Error: .*)', ended.stderr, re.M)[:1]  # torchrun's own report comes after it
+        stopped = 'training stopped; finished runs are kept, and the same command goes on.'
+        raise RuntimeError('\n'.join([stopped, *first, ended.stderr[-3000:]]))
     for job in jobs: (parts / job.name).rename(out / job.name)
     records = [json.loads((out / job.name / 'record.json').read_text()) for job in jobs]
     pd.DataFrame(records).assign(run=[job.name for job in jobs]).to_csv(out / 'runs.csv', index=False)
