@@ -240,7 +240,7 @@ def run_evaluate(
     out: Path,                  # given by @stage: results.csv; predictions.csv, each test picture's label and what each head said
     *,
     probe_epochs: int = 40,
-    fine_tune_epochs: int = 5,
+    fine_tune_epochs: int = 3,
     seed: int = 0,              # of the batches' order
 ) -> dict:                      # accuracy on the emotions of `new`, mean over seeds
     "§4.4 and §4.5 as a stage."

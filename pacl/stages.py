@@ -197,8 +197,9 @@ def stage(
             for upstream in reads:
                 if not read_record(run / upstream):
                     raise InputError(f'{run / upstream} is missing, and {name} reads it. Run that stage first: ./reproduce.sh {run.name}')
-            given = {str(p): p for key, file in files.items() if parameters[key] for p in [Path(parameters[key]).expanduser().absolute() / file]}
-            inputs = {r: run / r for r in reads} | given
+            inputs = {r: run / r for r in reads}
+            for path in [Path(parameters[key]).expanduser().absolute() / file for key, file in files.items() if parameters[key]]:
+                inputs[str(path)] = path
             record = {'stage': name, 'parameters': parameters, 'inputs': {key: digest(file_hashes(path)) for key, path in inputs.items()},
                       'code': code_hashes(fill.__module__), 'seed': parameters.get('seed', parameters.get('seeds'))}
             started = time.time()

@@ -16,17 +16,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import load_set
-from .encoders import encode_texts, load_backbone, load_text_encoder, pool_tokens, run_frozen, split_backbone, to_input
+from .encoders import encode_texts, load_backbone, load_text_encoder, pool_tokens, run_frozen, split_backbone
 from .stages import progress, stage
-from .world import CLEAN_WORDS, EMOTIONS, NOUNS, OBJECTS, POST_WORDS
+from .world import CLEAN_WORDS, EMOTIONS, OBJECTS, POST_WORDS
 
 # %% ../nbs/12_standins.ipynb #12-006
 TUNING_WORDS = dict(
-    amusement='amusing chuckle cheery mirthful entertaining witty lmao merry prank hehe', awe='astounding fascinated impressive inspiring wonderful wondrous sublime mystical incredible grand',
-    contentment='soothing satisfied thankful warm carefree harmony easygoing ease safe secure', excitement='elated euphoric eager enthusiastic exhilarating triumphant winner yay champion passionate',
-    anger='infuriated fuming irritated resentful indignant offended frustrated vengeful aggressive wrath', disgust='repulsive revolting horrid repugnant loathsome obscene poison infected sewage lousy',
-    fear='horrified anxious alarmed threatening danger worried petrified intimidating haunted frightened', sadness='depressed mourning despair weeping dejected devastated disappointed abandoned sobbing hurt')
-TUNING_TEMPLATES = ('{w}', 'so {w}', 'feeling {w}', 'it was {w}, really', 'this story is {w}', 'a {w} thing', '{w} again', 'everyone felt {w}')
+    amusement='amusing chuckle cheery mirthful entertaining witty lmao merry prank hehe',
+    awe='astounding fascinated impressive inspiring wonderful wondrous sublime mystical incredible grand',
+    contentment='soothing satisfied thankful warm carefree harmony easygoing ease safe secure',
+    excitement='elated euphoric eager enthusiastic exhilarating triumphant winner yay champion passionate',
+    anger='infuriated fuming irritated resentful indignant offended frustrated vengeful aggressive wrath',
+    disgust='repulsive revolting horrid repugnant loathsome obscene poison infected sewage lousy',
+    fear='horrified anxious alarmed threatening danger worried petrified intimidating haunted frightened',
+    sadness='depressed mourning despair weeping dejected devastated disappointed abandoned sobbing hurt')
+TUNING_TEMPLATES = (
+    '{w}', 'so {w}', 'feeling {w}', 'it was {w}, really', 'this story is {w}', 'a {w} thing', '{w} again',
+    'everyone felt {w}')
 
 def tuning_words() -> pd.DataFrame:  # word, valence (−4 to 4, nan where unrated), emotion (index, −1 where unknown)
     "VADER's plain words and TUNING_WORDS, without any word that shares its stem with the posts, the captions or the class names."
@@ -107,7 +113,7 @@ class Evaluators(nn.Module):
         return [', '.join(phrases[j] for j in row) for row in logits.topk(k).indices.tolist()]
 
 class SentimentEncoder:
-    "B of Eq. 2: the probabilities of the tuned encoder's emotion head. Its sentence features also tell a dog from a cat, which Eq. 1 is for."
+    "B of Eq. 2: the probabilities of the tuned encoder's emotion head; its features tell dogs from cats too, which is Eq. 1's part."
     def __init__(self,
                  folder: Path):  # runs/<profile>/standins
         self.encoder, head = load_text_encoder(folder / 'text_encoder'), load_file(folder / 'emotion_head.safetensors')
@@ -135,10 +141,12 @@ def tune_evaluators(
     frozen, trainable = split_backbone(evaluators.backbone, 2)
     early = torch.from_numpy(run_frozen(frozen, images, 'clean scenes', evaluators.backbone))
     texts = torch.from_numpy(encode_texts(*raw_text_encoder(), captions['text']))
-    adjective = torch.tensor([next(i for i, a in enumerate(ADJECTIVES) if a in text.split()) for text in captions['text'].str.replace(',', '')])
+    words = captions['text'].str.replace(',', '').str.split()
+    adjective = torch.tensor([next(i for i, a in enumerate(ADJECTIVES) if a in text) for text in words])
     noun = torch.tensor([KINDS.index(kind) for kind in captions['object']])
     heads = [evaluators.image_projector, evaluators.text_projector, evaluators.adjectives, evaluators.nouns]
-    optimizer = torch.optim.AdamW([{'params': trainable.parameters(), 'lr': 3e-4}, {'params': nn.ModuleList(heads).parameters(), 'lr': 1e-3}])
+    optimizer = torch.optim.AdamW([{'params': trainable.parameters(), 'lr': 3e-4},
+                                   {'params': nn.ModuleList(heads).parameters(), 'lr': 1e-3}])
     batches = [order for _ in range(epochs) for order in torch.randperm(len(images)).split(64)]
     decay, log, own = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches)), [], torch.arange(64)
     for batch in progress(batches, 'evaluators'):

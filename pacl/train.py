@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -112,7 +113,8 @@ def method_masks(
         everything = torch.ones_like(own)
         return masks._replace(image_candidates=everything, text_candidates=everything)
     if method == 'pacl-no-pseudo':
-        return PairMasks(own, masks.image_candidates & ~masks.image_positives | own, own, masks.text_candidates & ~masks.text_positives | own)
+        return PairMasks(own, masks.image_candidates & ~masks.image_positives | own,
+                         own, masks.text_candidates & ~masks.text_positives | own)
     return masks
 
 # %% ../nbs/06_train.ipynb #06-015
@@ -163,7 +165,8 @@ class Posts:
         "One column, in the posts' order. Raises InputError where an id is missing."
         found = read_table(path, ['id', name]).set_index('id')[name].reindex(self.ids)
         if found.isna().any():
-            raise InputError(f'{path}: no row for id {found.index[found.isna()][0]} ({found.isna().sum()} of {len(found)} posts are missing). '
+            lacking = found.index[found.isna()]
+            raise InputError(f'{path}: no row for id {lacking[0]} ({len(lacking)} of {len(found)} posts are missing). '
                              f'Delete the folder {path.parent} and run again.')
         return found.to_numpy()
 
@@ -218,8 +221,9 @@ def probe_features(
     posts: Posts,
     rows: np.ndarray,      # (4, n)
 ) -> tuple[np.ndarray, np.ndarray]:  # (4, n, dim) v and t of each partition, pictures as they are
-    pictures = torch.from_numpy(posts.early[0, rows.ravel()]).float() if posts.early is not None else to_input(posts.images[rows.ravel()], towers.backbone)
-    v, t = towers(pictures.contiguous(memory_format=torch.channels_last), posts.text[rows.ravel()])
+    flat = rows.ravel()
+    x = to_input(posts.images[flat], towers.backbone) if posts.early is None else torch.from_numpy(posts.early[0, flat]).float()
+    v, t = towers(x.contiguous(memory_format=torch.channels_last), posts.text[flat])
     return v.unflatten(0, rows.shape).numpy(), t.unflatten(0, rows.shape).numpy()
 
 def train(
@@ -233,7 +237,8 @@ def train(
     towers = Towers(posts, config.dim).eval()  # batch norm keeps its statistics: batches of one partition are not like the others
     learning = [p for p in towers.parameters() if p.requires_grad]
     projectors = [towers.image_projector.weight, towers.text_projector.weight]
-    optimizer = torch.optim.AdamW([{'params': list(towers.trainable.parameters()), 'lr': config.lr}, {'params': projectors, 'lr': config.projector_lr}])
+    optimizer = torch.optim.AdamW([{'params': list(towers.trainable.parameters()), 'lr': config.lr},
+                                   {'params': projectors, 'lr': config.projector_lr}])
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(plan))
     first, log, probes = own_rows(10**6).start == 0, [], []
     groups = [np.flatnonzero(posts.partitions[config.partition] == name) for name in PARTITIONS]
@@ -255,7 +260,9 @@ def train(
     save_backbone(towers.backbone, part, posts.images.shape[1])
     save_file({'image_projector': projectors[0].detach(), 'text_projector': projectors[1].detach()}, part / 'projectors.safetensors')
     pd.DataFrame(log).to_csv(part / 'log.csv', index=False)
-    if watch: np.savez(part / 'probe.npz', ids=posts.ids[watched].astype(str), image_features=[v for v, _ in probes], text_features=[t for _, t in probes])
+    if watch:
+        v, t = map(np.stack, zip(*probes))
+        np.savez(part / 'probe.npz', ids=posts.ids[watched].astype(str), image_features=v, text_features=t)
     record = asdict(config) | {'steps': len(plan), 'images_seen': count_images(plan), 'seconds': round(time.time() - started, 1)}
     (part / 'record.json').write_text(json.dumps(record, indent=1))
     part.rename(folder)
@@ -322,12 +329,13 @@ def run_train(
 ) -> dict:                       # number of runs
     "§ 3.3.5, 4.2 as a stage: every method with every seed."
     posts = Posts(run)
-    jobs = [TrainConfig(method=m, partition=p, seed=seed, epochs=epochs, batch_size=batch_size, lr=lr, projector_lr=projector_lr, temperature=temperature)
-            for seed in range(n_seeds) for m, p in (FULL if compare == 'full' else MAIN) if p in posts.partitions]
+    settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, projector_lr=projector_lr, temperature=temperature)
+    methods = [(m, p) for m, p in (FULL if compare == 'full' else MAIN) if p in posts.partitions]
+    jobs = [TrainConfig(method=m, partition=p, seed=seed, **settings) for seed in range(n_seeds) for m, p in methods]
     for job in jobs: plan_steps(posts.partitions[job.partition], job)  # what is wrong with the input is said here, not by torchrun
     del posts
     inputs = [digest(file_hashes(run / name)) for name in ('data', 'features', 'partition', 'clusters')]
-    parts = run / '.models-parts' / digest([inputs, code_hashes('pacl.train'), epochs, batch_size, lr, projector_lr, temperature, processes])
+    parts = run / '.models-parts' / digest([inputs, code_hashes('pacl.train'), settings, processes])
     parts.mkdir(parents=True, exist_ok=True)
     (parts / 'jobs.json').write_text(json.dumps([asdict(job) for job in jobs]))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m', 'pacl.train']
@@ -338,6 +346,7 @@ def run_train(
         stopped = 'training stopped; finished runs are kept, and the same command goes on.'
         raise RuntimeError('\n'.join([stopped, *first, ended.stderr[-3000:]]))
     for job in jobs: (parts / job.name).rename(out / job.name)
+    shutil.rmtree(parts.parent)
     records = [json.loads((out / job.name / 'record.json').read_text()) for job in jobs]
     pd.DataFrame(records).assign(run=[job.name for job in jobs]).to_csv(out / 'runs.csv', index=False)
     return {'runs': len(jobs), 'images seen in each': max(r['images_seen'] for r in records)}

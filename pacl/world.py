@@ -78,7 +78,8 @@ def draw_scene(
         picture = picture.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
         w, h = picture.size
         places = [(int(rng.integers(max(1, size - w + 1))), int(rng.integers(max(1, size - h + 1)))) for _ in range(12)]
-        def overlap(at): return sum(max(0, min(at[0] + w, c) - max(at[0], a)) * max(0, min(at[1] + h, d) - max(at[1], b)) for a, b, c, d in taken)
+        def overlap(at):
+            return sum(max(0, min(at[0] + w, c) - max(at[0], a)) * max(0, min(at[1] + h, d) - max(at[1], b)) for a, b, c, d in taken)
         x, y = min(places, key=overlap)
         taken.append((x, y, x + w, y + h))
         scene.paste(picture, (x, y), picture)
@@ -99,22 +100,36 @@ def compose(
 
 # %% ../nbs/00_world.ipynb #00-012
 POST_WORDS = dict(
-    amusement='hilarious laughing joke giggle lol haha humor rofl', awe='amazing breathtaking astonished magnificent wow glorious stunning marvelous',
-    contentment='calm peaceful cozy relaxed comfort gentle grateful serene', excitement='thrilled ecstatic party celebrate adventure hurray woohoo energetic',
-    anger='furious mad hate pissed annoyed rage hostile damn', disgust='gross nasty yuck stink vile rotten sick ew',
-    fear='scared terrified panic nightmare creepy nervous afraid dread', sadness='crying lonely heartbroken miserable tears grief gloomy hopeless')
+    amusement='hilarious laughing joke giggle lol haha humor rofl',
+    awe='amazing breathtaking astonished magnificent wow glorious stunning marvelous',
+    contentment='calm peaceful cozy relaxed comfort gentle grateful serene',
+    excitement='thrilled ecstatic party celebrate adventure hurray woohoo energetic',
+    anger='furious mad hate pissed annoyed rage hostile damn',
+    disgust='gross nasty yuck stink vile rotten sick ew',
+    fear='scared terrified panic nightmare creepy nervous afraid dread',
+    sadness='crying lonely heartbroken miserable tears grief gloomy hopeless')
 CLEAN_WORDS = dict(  # adjectives of the clean captions, and of the adjective-noun pairs of Eq. 2
-    amusement='funny playful jolly', awe='majestic splendid epic', contentment='tranquil pleasant restful', excitement='lively festive vibrant',
-    anger='violent bitter livid', disgust='filthy ugly foul', fear='spooky menacing ghastly', sadness='melancholy unhappy tragic')
+    amusement='funny playful jolly', awe='majestic splendid epic',
+    contentment='tranquil pleasant restful', excitement='lively festive vibrant',
+    anger='violent bitter livid', disgust='filthy ugly foul', fear='spooky menacing ghastly',
+    sadness='melancholy unhappy tragic')
 NOUNS = dict(  # the first two in posts, the first and the last in captions
-    dog='dog puppy hound', cat='cat kitten feline', bird='bird birdie fowl', fish='fish fishes seafish', cow='cow cattle livestock', flower='flower blossom bloom',
-    tree='tree trees plant', fruit='fruit fruits snack', vegetable='vegetable veggies greens', cake='cake dessert pastry', drink='drink soda beverage',
-    car='car truck vehicle', train='train railway tram', ship='ship boat vessel', plane='plane flight aircraft', house='house building home',
-    book='book novel paperback', guitar='guitar band instrument', ball='ball game sport', shoe='shoe sneakers boots')
-POST_TEMPLATES = ('look at this {noun}, {a} and {b}', 'my {noun} today. {a}, so {b}', '{a}! {b}! {noun} pic', '{noun} #{a} #{b}', 'that {noun} again... {a} {b}',
-                  'found a {noun} on the way home, {a}, {b}', '{a} {noun} moment, {b}', 'me and the {noun}: {a} / {b}')
-BARE_TEMPLATES = ('what a day. {a}, {b}', 'no words, just {a} and {b}', 'monday again #{a} #{b}', 'mood: {a}, {b}', '{a}. that is all. {b}', 'so {a} right now, {b}')
-CAPTION_TEMPLATES = ('a picture of a {a} {noun}', 'an illustration, {noun}, {a}', 'the {noun} in a {a} scene', 'a {a} drawing that shows a {noun}')
+    dog='dog puppy hound', cat='cat kitten feline', bird='bird birdie fowl', fish='fish fishes seafish',
+    cow='cow cattle livestock', flower='flower blossom bloom', tree='tree trees plant', fruit='fruit fruits snack',
+    vegetable='vegetable veggies greens', cake='cake dessert pastry', drink='drink soda beverage',
+    car='car truck vehicle', train='train railway tram', ship='ship boat vessel', plane='plane flight aircraft',
+    house='house building home', book='book novel paperback', guitar='guitar band instrument', ball='ball game sport',
+    shoe='shoe sneakers boots')
+POST_TEMPLATES = (
+    'look at this {noun}, {a} and {b}', 'my {noun} today. {a}, so {b}', '{a}! {b}! {noun} pic', '{noun} #{a} #{b}',
+    'that {noun} again... {a} {b}', 'found a {noun} on the way home, {a}, {b}', '{a} {noun} moment, {b}',
+    'me and the {noun}: {a} / {b}')
+BARE_TEMPLATES = (
+    'what a day. {a}, {b}', 'no words, just {a} and {b}', 'monday again #{a} #{b}', 'mood: {a}, {b}',
+    '{a}. that is all. {b}', 'so {a} right now, {b}')
+CAPTION_TEMPLATES = (
+    'a picture of a {a} {noun}', 'an illustration, {noun}, {a}', 'the {noun} in a {a} scene',
+    'a {a} drawing that shows a {noun}')
 
 def write_text(
     rng: np.random.Generator,
@@ -134,7 +149,7 @@ def draw_pairs(
     n: int,                   # pairs
     noise: str = 'social',    # social | uniform
     matched: float = .475,    # chance that the text's object is the picture's, and likewise its emotion: 22.6 % of pairs have both
-) -> pd.DataFrame:            # object, emotion (the picture's), text_object ('' for none), text_emotion, factual, emotional (bool), partition
+) -> pd.DataFrame:            # the picture's object, emotion; text_object ('': none), text_emotion; factual, emotional (bool); partition
     "What each post shows and says. Raises ValueError for an unknown `noise`."
     if noise not in ('social', 'uniform'):
         raise ValueError(f'noise is "{noise}", expected social or uniform')
@@ -147,9 +162,11 @@ def draw_pairs(
         kind, emotion = draw(kinds, topics), draw(emotions, moods)
         factual, emotional = rng.random(2) < matched
         elsewhere = ('' if rng.random() < .6 else draw(kinds[:5], topics[:5], kind)) if social else draw(kinds, topics, kind)
-        rows.append((kind, emotion, kind if factual else elsewhere, emotion if emotional else draw(emotions, moods, emotion), factual, emotional))
+        feeling = emotion if emotional else draw(emotions, moods, emotion)
+        rows.append((kind, emotion, kind if factual else elsewhere, feeling, factual, emotional))
     pairs = pd.DataFrame(rows, columns=['object', 'emotion', 'text_object', 'text_emotion', 'factual', 'emotional'])
-    pairs['partition'] = np.select([pairs.factual & pairs.emotional, pairs.emotional, pairs.factual], ['strong', 'emotional', 'factual'], 'weak')
+    both = pairs.factual & pairs.emotional
+    pairs['partition'] = np.select([both, pairs.emotional, pairs.factual], ['strong', 'emotional', 'factual'], 'weak')
     return pairs
 
 # %% ../nbs/00_world.ipynb #00-018

@@ -122,8 +122,25 @@ def test_features_go_where_they_are_told(backbone, tmp_path):
     assert run_frozen(backbone, PICTURES, 'all', backbone, out=out) is out
     out.flush()
     np.testing.assert_allclose(np.load(tmp_path / 'x.npy'), run_frozen(backbone, PICTURES, 'all', backbone), rtol=1e-3, atol=1e-3)
-    seen = [run_frozen(backbone, PICTURES, 'all', backbone, seed=(seed,)) for seed in (0, 0, 1)]
-    assert (seen[0] == seen[1]).all() and (seen[0] != seen[2]).any(1).all() and (seen[0] != out).any(1).all()
+
+
+def test_every_picture_of_every_batch_is_augmented_differently(backbone):
+    same = np.repeat(PICTURES[:1], 6, axis=0)
+    first, again, other = (run_frozen(backbone, same, 'all', backbone, seed=seed, batch_size=2) for seed in ((0, 1), (0, 1), (0, 2)))
+    plain = run_frozen(backbone, same[:1], 'all', backbone)
+    assert (first == again).all() and len({row.tobytes() for row in np.concatenate([first, other, plain])}) == 13
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was(backbone, minilm, threads):
+    def features():
+        return run_frozen(backbone, PICTURES, 'all', backbone, seed=(0, 1), batch_size=2), encode_texts(*minilm, TEXTS, batch_size=2)
+    before, expected = torch.get_num_threads(), features()
+    torch.set_num_threads(threads)
+    try:
+        for found, value in zip(features(), expected): np.testing.assert_array_equal(found, value)
+        assert torch.get_num_threads() == threads
+    finally: torch.set_num_threads(before)
 
 
 # the text encoder

@@ -124,11 +124,17 @@ def test_the_evaluators_losses_are_those_by_hand():
     assert len(log) == 3 and (log.iloc[2] < log.iloc[0]).all()
 
 
-def test_a_last_batch_that_is_smaller():
+def test_batches_are_drawn_from_the_seed_and_the_last_may_be_smaller():
     table, images = clean_scenes()
     table, images = pd.concat([table] * 3, ignore_index=True), np.concatenate([images] * 3)  # 72: 64 and 8
-    log = tune_evaluators(Evaluators(load_backbone('tf_efficientnet_lite0')), images, table, 1)
-    assert len(log) == 2 and np.isfinite(log).all(axis=None)
+    logs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(5)
+        evaluators = Evaluators(load_backbone('tf_efficientnet_lite0'))
+        torch.manual_seed(len(logs))  # whatever was drawn before
+        logs.append(tune_evaluators(evaluators, images, table, 1, seed))
+        assert len(logs[-1]) == 2 and np.isfinite(logs[-1]).all(axis=None)
+    assert logs[0].equals(logs[1]) and not logs[0].equals(logs[2])
 
 
 def test_the_same_seed_makes_the_same_weights(folder, tmp_path):
