@@ -219,7 +219,7 @@ def progress(
     desc: str,    # a word or two before the bar
     total=None,   # its length, where it has none of its own
 ):
-    "tqdm into the file that the environment variable PACL_PROGRESS names, else to stderr."
+    "tqdm into the file that the environment variable PACL_PROGRESS names, else to stderr once it takes longer than 2 s."
     path = os.environ.get('PACL_PROGRESS')
-    return tqdm(iterable, desc=desc, total=total, file=open(path, 'a') if path else None, mininterval=.5,
+    return tqdm(iterable, desc=desc, total=total, file=open(path, 'a') if path else None, mininterval=.5, delay=0 if path else 2,
                 bar_format='{desc} {n_fmt}/{total_fmt}, {remaining} left' if path else None)
