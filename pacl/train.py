@@ -238,7 +238,7 @@ def train(
     learning = [p for p in towers.parameters() if p.requires_grad]
     projectors = [towers.image_projector.weight, towers.text_projector.weight]
     optimizer = torch.optim.AdamW([{'params': list(towers.trainable.parameters()), 'lr': config.lr},
-                                   {'params': projectors, 'lr': config.projector_lr}])
+                                   {'params': projectors, 'lr': config.projector_lr}], fused=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(plan))
     first, log, probes = own_rows(10**6).start == 0, [], []
     groups = [np.flatnonzero(posts.partitions[config.partition] == name) for name in PARTITIONS]

@@ -195,7 +195,7 @@ def run_world(
     run: Path,              # the profile's folder
     out: Path,              # given by @stage
     *,
-    n_posts: int = 6000,    # posts
+    n_posts: int = 4500,    # posts
     n_train: int = 1500,    # training pictures of each benchmark
     n_val: int = 500,       # validation pictures of each benchmark
     n_test: int = 1500,     # test pictures of each benchmark
