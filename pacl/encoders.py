@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .data import load_set
+from .data import load_set, upright_rgb
 from .stages import InputError, progress, stage
 
 # %% ../nbs/02_encoders.ipynb #02-006
@@ -168,7 +168,7 @@ class VisualEncoder(nn.Module):
     def forward(self, images):
         from PIL import Image
         images = images if isinstance(images, (list, tuple)) else [images]
-        opened = [(Image.open(image) if isinstance(image, (str, Path)) else image).convert('RGB') for image in images]
+        opened = [upright_rgb(Image.open(image) if isinstance(image, (str, Path)) else image) for image in images]
         return self.backbone(torch.stack([self.transform(image) for image in opened]))
 
 def load(

@@ -232,6 +232,7 @@ def train(
     folder: Path,            # of this run: complete when it is there
 ) -> None:
     "§ 3.3.5 and § 4.2: model.safetensors, config.json, projectors.safetensors, log.csv, record.json, and for PACL probe.npz."
+    if config.partition not in posts.partitions: raise InputError('true_partition.csv is missing: only a world with a truth has it.')
     started, plan = time.time(), plan_steps(posts.partitions[config.partition], config)
     torch.manual_seed(config.seed)
     towers = Towers(posts, config.dim).eval()  # batch norm keeps its statistics: batches of one partition are not like the others
@@ -346,7 +347,7 @@ def run_train(
         stopped = 'training stopped; finished runs are kept, and the same command goes on.'
         raise RuntimeError('\n'.join([stopped, *first, ended.stderr[-3000:]]))
     for job in jobs: (parts / job.name).rename(out / job.name)
-    shutil.rmtree(parts.parent)
     records = [json.loads((out / job.name / 'record.json').read_text()) for job in jobs]
     pd.DataFrame(records).assign(run=[job.name for job in jobs]).to_csv(out / 'runs.csv', index=False)
+    shutil.rmtree(parts.parent)
     return {'runs': len(jobs), 'images seen in each': max(r['images_seen'] for r in records)}
