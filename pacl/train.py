@@ -308,7 +308,7 @@ def enhance(
     train(Posts(Path(run)), config, folder)
     return load(folder)
 
-if __name__ == '__main__' and 'ipykernel' not in sys.modules:  # in a notebook, too, the name is __main__
+if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
     parser = argparse.ArgumentParser('pacl.train', description=main.__doc__)
     for name in ('run', 'jobs', 'parts'): parser.add_argument(name)
     main(**vars(parser.parse_args()))
