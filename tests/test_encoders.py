@@ -111,10 +111,11 @@ def test_features_do_not_depend_on_the_batch(backbone, batch_size):
     frozen, trainable = split_backbone(backbone, 2)
     features = run_frozen(backbone, PICTURES, 'all', backbone, batch_size=batch_size)
     assert features.dtype == np.float32
-    np.testing.assert_allclose(features, expected, atol=1e-5)
+    # float32 through 50 layers; kernels for another number of cores or memory layout add up in another order
+    np.testing.assert_allclose(features, expected, atol=1e-4)
     early = run_frozen(frozen, PICTURES, 'frozen', backbone, batch_size=batch_size)
     assert early.shape == (5, 112, 2, 2)
-    np.testing.assert_allclose(run_frozen(trainable, early, 'trainable', batch_size=batch_size), expected, atol=1e-5)
+    np.testing.assert_allclose(run_frozen(trainable, early, 'trainable', batch_size=batch_size), expected, atol=1e-4)
 
 
 def test_features_go_where_they_are_told(backbone, tmp_path):
@@ -195,7 +196,7 @@ def test_a_saved_encoder_goes_wherever_the_initial_one_goes(backbone, saved):
     model = timm.create_model(f'local-dir:{saved}', pretrained=True, num_classes=0).eval()
     assert model.pretrained_cfg['input_size'] == [3, 32, 32]
     x = to_input(PICTURES, model)
-    with torch.no_grad(): torch.testing.assert_close(model(x), backbone(x))
+    with torch.no_grad(): torch.testing.assert_close(model(x), backbone(x), rtol=0, atol=1e-4)
 
 
 def test_load_prepares_pictures_as_training_did(backbone, saved, tmp_path):
