@@ -232,7 +232,8 @@ def train(
     folder: Path,            # of this run: complete when it is there
 ) -> None:
     "§ 3.3.5 and § 4.2: model.safetensors, config.json, projectors.safetensors, log.csv, record.json, and for PACL probe.npz."
-    if config.partition not in posts.partitions: raise InputError(f'there is no partition "{config.partition}" of these posts: only the demo knows the true one.')
+    if config.partition not in posts.partitions:
+        raise InputError(f'there is no partition "{config.partition}" of these posts: only the demo knows the true one.')
     started, plan = time.time(), plan_steps(posts.partitions[config.partition], config)
     torch.manual_seed(config.seed)
     towers = Towers(posts, config.dim).eval()  # batch norm keeps its statistics: batches of one partition are not like the others
