@@ -40,7 +40,7 @@ def make_benchmarks(run, splits=(80, 12, 40)):
         for method, partition, seed in jobs:
             with torch.no_grad(): backbone.conv_head.weight.mul_(1.01)
             save_backbone(backbone, models / f'{method}-{partition}-s{seed}', 8)
-        pd.DataFrame([{'run': f'{m}-{p}-s{s}', 'method': m, 'partition': p, 'seed': s, 'steps': 6, 'images_seen': 160, 'seconds': 1.}
+        pd.DataFrame([{'run': f'{m}-{p}-s{s}', 'method': m, 'partition': p, 'seed': s, 'steps': 6, 'images_seen': 160}
                       for m, p, s in jobs]).to_csv(models / 'runs.csv', index=False)
     return run
 
