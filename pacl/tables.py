@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'NAMES', 'COMPARED', 'FALSE', 'SAME', 'STYLES', 'NOTE', 'row_names', 'outcomes', 'result_table',
            'as_printed', 'differences', 'pair_report', 'strong_pairs_seen', 'reasons', 'plot_gap', 'plot_pairs',
-           'in_order', 'plot_confusions', 'plot_embeddings', 'plot_curves', 'to_markdown', 'run_tables']
+           'in_order', 'plot_confusions', 'plot_embeddings', 'to_markdown', 'run_tables']
 
 # %% ../nbs/09_tables.ipynb #09-004
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from .data import load_set, read_table
 from .evaluate import benchmark_inputs, extract, learning_stages, mean_interval, paired_difference
 from .partition import LOOKS, PARTITIONS, plot_gallery, read_partition
 from .stages import read_record, stage
+from .train import plot_losses
 
 # %% ../nbs/09_tables.ipynb #09-006
 COLUMNS = {('linear', 'new', 'emotion'): 'emotion, new', ('linear', 'seen', 'emotion'): 'emotion, seen',
@@ -238,28 +239,7 @@ def plot_embeddings(
     plt.close(fig)
     return fig
 
-# %% ../nbs/09_tables.ipynb #09-027
-def plot_curves(
-    logs: Mapping[str, pd.DataFrame],  # title → step, and a column of losses for each partition, or `all`; empty where not active
-):  # -> matplotlib Figure
-    "Running means of the losses; a line where a phase of Eqs. 15–17 begins."
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, len(logs), figsize=(3.3 * len(logs), 3.3), layout='constrained', squeeze=False, sharey=True)
-    for ax, (title, log) in zip(axes[0], logs.items()):
-        losses = log.set_index('step').reindex(columns=[*PARTITIONS, 'all']).dropna(axis=1, how='all')
-        for name, loss in losses.items():
-            colour, marker = LOOKS.get(name, ('#CC79A7', 'D'))
-            smooth = loss.rolling(max(len(loss) // 20, 1), min_periods=1, center=True).mean().where(loss.notna())
-            ax.plot(smooth, c=colour, marker=marker, markevery=max(len(loss) // 8, 1), ms=4, lw=1.2, label=name)
-        for step in {losses[name].first_valid_index() for name in losses} - {losses.index[0]}: ax.axvline(step, c='k', lw=.6, ls='--')
-        ax.set(title=title, xlabel='step')
-        ax.legend(fontsize=7, frameon=False)
-    axes[0, 0].set_ylabel('loss (nats)')
-    plt.close(fig)
-    return fig
-
-# %% ../nbs/09_tables.ipynb #09-030
+# %% ../nbs/09_tables.ipynb #09-028
 NOTE = ('Accuracy in %, mean over {} seeds [95 % interval: bootstrap over seeds and test pictures together, 1,000 draws; not corrected '
         'for the number of comparisons]. Choices were made on validation pictures; test pictures were read once.')
 
@@ -299,7 +279,7 @@ def run_tables(
         'confusion': plot_confusions({name: said[said['row'] == name] for name in shown}),
         'embeddings': plot_embeddings({name: extract(inputs[drawn], learning_stages(run, model)).numpy() for name, model in shown.items()},
                                       test['emotion'].to_numpy()[drawn], seed),
-        'curves': plot_curves({name: pd.read_csv(run / 'models' / first[name] / 'log.csv')
+        'curves': plot_losses({name: pd.read_csv(run / 'models' / first[name] / 'log.csv')
                                for name in ('unpartitioned', 'strong only', 'PACL') if name in first})}
     if (run / 'partition' / 'truth.csv').exists():
         figures['gallery'].supxlabel('Pictures: OpenMoji (openmoji.org), CC BY-SA 4.0', fontsize=7)

@@ -1,5 +1,6 @@
 "pacl.encoders: two halves that make the whole, features as the libraries themselves give them, files that say what is wrong with them."
 import json
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pacl
-from pacl.encoders import (augment, encode_texts, load_backbone, load_text_encoder, run_features, run_frozen, save_backbone, save_file,
-                           split_backbone, to_input)
+from pacl.encoders import (augment, encode_texts, id_keys, load_backbone, load_text_encoder, run_features, run_frozen, save_backbone,
+                           save_file, split_backbone, to_input)
 from pacl.stages import InputError, read_record, write_stage
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
@@ -67,9 +68,9 @@ def test_input_is_as_timm_prepares_it(name):
 
 # augmentation
 
-def test_an_augmentation_is_given_by_its_generator():
+def test_an_augmentation_is_given_by_its_seed():
     x = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    first, again, other = (augment(x, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    first, again, other = (augment(x, [(seed, i) for i in range(6)]) for seed in (0, 0, 1))
     assert torch.equal(first, again) and first.shape == x.shape
     assert all((a != b).any() and (a != c).any() for a, b, c in zip(first, other, x))
 
@@ -77,18 +78,24 @@ def test_an_augmentation_is_given_by_its_generator():
 def test_a_picture_is_augmented_on_its_own():
     one = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     x = one.repeat(8, 1, 1, 1)
-    seen = augment(x, np.random.default_rng(0))
+    seeds = [(0, i) for i in range(8)]
+    seen = augment(x, seeds)
     assert len({picture.numpy().tobytes() for picture in seen}) == 8  # equal pictures are seen differently …
+    assert torch.equal(augment(x[:3], seeds[5:]), seen[5:])  # … wherever they stand …
     x[3] = 0
-    changed = (augment(x, np.random.default_rng(0)) != seen).flatten(1).any(1)
+    changed = (augment(x, seeds) != seen).flatten(1).any(1)
     assert changed.tolist() == [i == 3 for i in range(8)]  # … and another picture beside them changes nothing
+
+
+def test_the_key_of_an_id_is_the_same_on_every_machine():
+    assert id_keys(['a', 'b', 'a', '0017']).tolist() == [zlib.crc32(x) for x in (b'a', b'b', b'a', b'0017')]
 
 
 def test_a_crop_lies_in_the_picture():
     n, side = 200, 32
     ramp = (2 * torch.arange(side) + 1) / side - 1  # each pixel's place in [−1, 1]
     x = torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side)])  # how far right, how far down
-    right, down = augment(x.expand(n, 2, side, side), np.random.default_rng(0)).unbind(1)
+    right, down = augment(x.expand(n, 2, side, side), [(0, i) for i in range(n)]).unbind(1)
     inside = slice(4, -4)  # no reflection there
     steps = [d.diff(dim=axis)[:, inside, inside] * side / 2 for d, axis in ((right, 2), (down, 1))]
     scale = steps[1].flatten(1)
@@ -127,7 +134,7 @@ def test_features_go_where_they_are_told(backbone, tmp_path):
 
 def test_every_picture_of_every_batch_is_augmented_differently(backbone):
     same = np.repeat(PICTURES[:1], 6, axis=0)
-    first, again, other = (run_frozen(backbone, same, 'all', backbone, seed=seed, batch_size=2) for seed in ((0, 1), (0, 1), (0, 2)))
+    first, again, other = (run_frozen(backbone, same, 'all', backbone, [(seed, i) for i in range(6)], batch_size=2) for seed in (1, 1, 2))
     plain = run_frozen(backbone, same[:1], 'all', backbone)
     assert (first == again).all() and len({row.tobytes() for row in np.concatenate([first, other, plain])}) == 13
 
@@ -135,7 +142,8 @@ def test_every_picture_of_every_batch_is_augmented_differently(backbone):
 @pytest.mark.parametrize('threads', [1, 3])
 def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was(backbone, minilm, threads):
     def features():
-        return run_frozen(backbone, PICTURES, 'all', backbone, seed=(0, 1), batch_size=2), encode_texts(*minilm, TEXTS, batch_size=2)
+        seeds = [(i,) for i in range(5)]
+        return run_frozen(backbone, PICTURES, 'all', backbone, seeds, batch_size=2), encode_texts(*minilm, TEXTS, batch_size=2)
     before, expected = torch.get_num_threads(), features()
     torch.set_num_threads(threads)
     try:
@@ -254,6 +262,8 @@ def test_run_features(backbone, minilm, tmp_path, trainable_stages):
     assert early['early_posts'].shape == (3, 5, 112, 2, 2) and early['early_posts'].dtype == np.float16
     np.testing.assert_array_equal(early['early_posts'][0], expected)
     for name in ('new', 'seen'): np.testing.assert_array_equal(early[f'early_{name}'], expected[::-1])
+    seen = run_frozen(split_backbone(backbone, 2)[0], PICTURES[3:4], 'd', backbone, seeds=[(0, 2, *id_keys(['d']).tolist())])
+    np.testing.assert_allclose(early['early_posts'][2, 3:4], seen, atol=.02)  # by seed, view and id
     assert len({view.tobytes() for view in early['early_posts']}) == 3
     before = read_record(out)['outputs']
     assert json.dumps(read_record(run_features(tmp_path, trainable_stages=2, views=3, seed=1))['outputs']) != json.dumps(before)

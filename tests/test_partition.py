@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_data import COLOURS, make_world
 
-from pacl.data import run_data
-from pacl.partition import (PARTITIONS, SCALES, assign_partition, clip_score, emotion_score, partition_quality, plot_gallery,
-                            plot_partition, rank_threshold, read_partition, run_partition, score_pairs)
+from pacl.data import in_post_order, read_table, run_data
+from pacl.partition import (PARTITIONS, POOLS, SCALES, anp_cosines, assign_partition, clip_score, emotion_score,
+                            partition_quality, plot_gallery, plot_partition, plot_thresholds, read_partition, rescale, run_partition,
+                            score_pairs, suggest_threshold, threshold_sweep)
 from pacl.stages import InputError, read_record, write_stage
 
 unit = st.sampled_from([0., 0.5, 0.7, 1.]) | st.floats(0, 1)
@@ -108,11 +109,127 @@ def test_wrong_scales_shapes_and_numbers():
     with pytest.raises(ValueError, match='row 1 .*not finite'): clip_score(one, bad, 'rank')
 
 
-def test_rank_threshold_gives_the_papers_shares():
-    γ = rank_threshold(.22)
-    assert round(γ, 2) == .53
-    assert abs((1 - γ) ** 2 - .22) < 1e-12 and abs(2 * γ * (1 - γ) - .51) < .02 and abs(γ ** 2 - .27) < .02
-    with pytest.raises(ValueError, match='strong_share'): rank_threshold(1.2)
+def test_cosines_are_computed_in_parts():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 8195, 2))
+    np.testing.assert_allclose(emotion_score(a, b, 'cosine'), np.clip(naive_cosines(a, b), 0, 1), atol=1e-12)
+    a[8193, 1] = np.inf
+    with pytest.raises(ValueError, match='row 8193 .*not finite'): emotion_score(a, b)
+
+
+words = st.sampled_from(['glad dog', 'gloomy dog', 'gloomy cat', 'glad gloomy day', 'blue sea'])
+
+
+def counts(texts): return np.array([[t.count('glad'), t.count('gloomy'), 1] for t in texts], float)
+
+
+@given(st.lists(st.tuples(words, words, words), min_size=1, max_size=5), st.sampled_from(POOLS))
+def test_pools_of_equation_2(rows, pool):
+    texts, asked = ['glad gloomy glad ' * (i % 2) for i in range(len(rows))], []
+
+    def embed(texts):
+        asked.extend(texts)
+        return counts(texts)
+    found = anp_cosines([', '.join(row) for row in rows], counts(texts), embed, pool)
+    if pool == 'sentence': expected = naive_cosines(counts([', '.join(row) for row in rows]), counts(texts))
+    else:
+        single = [naive_cosines(counts(row), counts([text] * 3)) for row, text in zip(rows, texts)]
+        expected = [max(three) if pool == 'max' else sum(three) / 3 for three in single]
+        assert sorted(asked) == sorted({phrase for row in rows for phrase in row})  # once each
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def naive_sweep(factual, emotional, truth, γ):
+    names = {(True, True): 'strong', (False, True): 'emotional', (True, False): 'factual', (False, False): 'weak'}
+    said = [names[f > γ, e > γ] for f, e in zip(factual, emotional)]
+    for name in PARTITIONS:
+        right = sum(s == t == name for s, t in zip(said, truth))
+        yield (said.count(name), said.count(name) / len(said), right / said.count(name) if name in said else np.nan,
+               right / truth.count(name) if name in truth else np.nan)
+
+
+@given(scores(), st.lists(unit, min_size=1, max_size=4), st.data())
+@settings(deadline=None)
+def test_sweep_against_a_naive_count(pair, thresholds, data):
+    truth = data.draw(st.lists(st.sampled_from(PARTITIONS), min_size=len(pair[0]), max_size=len(pair[0])))
+    found = threshold_sweep(*pair, truth, thresholds)
+    assert found['threshold'].tolist() == list(np.repeat(thresholds, 4))
+    assert found['partition'].tolist() == list(PARTITIONS) * len(thresholds)
+    expected = [row for γ in thresholds for row in naive_sweep(*pair, truth, γ)]
+    np.testing.assert_array_equal(found[['size', 'share', 'precision', 'recall']], expected)
+    pd.testing.assert_frame_equal(threshold_sweep(*pair, thresholds=thresholds), found[['threshold', 'partition', 'size', 'share']])
+
+
+def test_sweep_goes_from_all_to_none():
+    found = threshold_sweep(*np.random.default_rng(0).uniform(.01, .99, (2, 50))).set_index(['threshold', 'partition'])['size']
+    assert found[0, 'strong'] == found[1, 'weak'] == 50 and (found[:, 'strong'].diff().dropna() <= 0).all() and len(found) == 404
+    with pytest.raises(ValueError, match='3 true partitions for 2 scores'): threshold_sweep([.1, .2], [.1, .2], ['weak'] * 3)
+    with pytest.raises(ValueError, match='threshold .* is 1.5'): threshold_sweep([.1], [.1], thresholds=[1.5])
+
+
+@given(scores(), unit)
+@settings(deadline=None)
+def test_no_threshold_comes_nearer_to_the_share(pair, share):
+    lower = np.minimum(*pair)
+    if len(set(lower)) == 1:
+        with pytest.raises(ValueError, match='no threshold tells them apart'): suggest_threshold(*pair, strong_share=share)
+        return
+    γ = suggest_threshold(*pair, strong_share=share)
+
+    def miss(γ): return abs((assign_partition(*pair, γ) == 'strong').mean() - share)
+    # strong changes only where γ passes a score: these, and what lies between, are all the thresholds there are
+    levels = sorted({0, 1, *lower})
+    assert miss(γ) <= min(map(miss, [*levels, *((a + b) / 2 for a, b in zip(levels, levels[1:]))])) + 1e-12
+
+
+@pytest.mark.parametrize('strong', [0, 1, 22, 99, 100])
+def test_without_ties_the_share_is_exact(strong):
+    pair = np.random.default_rng(0).permutation(200).reshape(2, 100) / 200 + .001
+    γ = suggest_threshold(*map(pd.Series, pair), 'share', strong / 100)
+    assert (assign_partition(*pair, γ) == 'strong').sum() == strong
+
+
+def naive_crossing(x):
+    "Two normal distributions by expectation-maximisation; where both are equally likely."
+    belongs = (x > x.mean()).astype(float)
+    for _ in range(2000):
+        weight = [1 - belongs.mean(), belongs.mean()]
+        mean = [sum(b * x) / sum(b) for b in (1 - belongs, belongs)]
+        variance = [sum(b * (x - m) ** 2) / sum(b) for b, m in zip((1 - belongs, belongs), mean)]
+        rest, matched = (w / v ** .5 * np.exp(-(x - m) ** 2 / 2 / v) for w, m, v in zip(weight, mean, variance))
+        belongs = matched / (rest + matched)
+    grid = np.linspace(*mean, 20001)
+    rest, matched = (w / v ** .5 * np.exp(-(grid - m) ** 2 / 2 / v) for w, m, v in zip(weight, mean, variance))
+    return grid[(matched > rest).argmax()]
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_mixture_against_naive_expectation_maximisation(seed):
+    rng = np.random.default_rng(seed)
+    lower = np.where(rng.random(300) < .3, rng.normal(.75, .06, 300), rng.normal(.3, .1, 300)).clip(0, 1)
+    other = rng.uniform(lower, 1)  # the higher score plays no part, whichever it is
+    swap = rng.random(300) < .5
+    table = pd.DataFrame({'factual': np.where(swap, lower, other), 'emotional': np.where(swap, other, lower)})[::-1]
+    γ = suggest_threshold(table['factual'], table['emotional'], by='mixture')
+    assert abs(γ - naive_crossing(lower)) < 2e-3
+
+
+@pytest.mark.parametrize('factual, emotional, settings, says', [
+    ([.1, np.nan, .3], [.1, .2, .3], {}, 'row 1 .*nan'),
+    ([.1, np.nan, .3], [.1, .2, .3], {'by': 'mixture'}, 'row 1 .*nan'),
+    ([.5, .5, .9], [.5, .7, .5], {}, 'lower score of each of the 3 pairs is the same'),
+    ([.5, .5, .9], [.5, .7, .5], {'by': 'mixture'}, 'lower score of each of the 3 pairs is the same'),
+    ([], [], {}, '0 pairs'),
+    ([.1, .2], [.1], {}, 'one shape'),
+    ([.1, 1.2], [.1, .2], {}, r'row 1 .*outside \[0, 1\] \(1 of 2'),
+    ([.1, .2], [.1, -.2], {}, r'row 1 .*outside \[0, 1\]'),
+    ([.1, .2], [.1, .2], {'strong_share': 22}, r'strong_share is 22, expected a number in \[0, 1\]'),
+    ([.1, .2], [.1, .2], {'strong_share': np.nan}, 'strong_share is nan'),
+    ([.1, .2], [.1, .2], {'by': 'shares'}, 'by is "shares", expected one of share, mixture'),
+    (*[np.random.default_rng(0).normal(.5, np.repeat([.15, .01], 500)).clip(0, 1)] * 2, {'by': 'mixture'}, 'no two humps'),
+])
+def test_no_threshold_can_be_suggested(factual, emotional, settings, says):
+    with pytest.raises(ValueError, match=says): suggest_threshold(factual, emotional, **settings)
 
 
 def random_table(n, seed, noise=0.5):
@@ -161,6 +278,30 @@ def test_a_wrong_partition_file_is_named(tmp_path, row, says):
     path.write_text(f'id,factual,emotional,partition\n0018,0.5,1,emotional\n{row}\n')
     with pytest.raises(InputError) as error: read_partition(path)
     for part in [str(path), *says]: assert part in str(error.value)
+
+
+def partition_file(path, ids):
+    path.write_text('id,factual,emotional,partition\n' + ''.join(f'{i},.9,.8,strong\n' for i in ids))
+    return path
+
+
+@pytest.mark.parametrize('ids, says', [
+    (['01', '03'], ['no row for id 02 of data/posts.csv', '1 of 3 posts are missing', 'Correct them, or delete the folder']),
+    (['1', '02', '03'], ['no row for id 01', '1 of 3']),  # 01 is no number
+    (['01', '02', '03', '04'], ['row 5', 'id is "04", expected an id of data/posts.csv', '1 of 4', 'Correct them']),
+    (['01', '02', '03', '02'], ['rows 3, 5', 'all have the id 02', 'Give each row an id of its own']),
+])
+def test_a_partition_of_other_posts_is_refused(tmp_path, ids, says):
+    path = partition_file(tmp_path / 'partition.csv', ids)
+    with pytest.raises(InputError) as error: read_partition(path, ['01', '02', '03'])
+    for part in [str(path), *says]: assert part in str(error.value)
+
+
+def test_a_partition_comes_in_the_order_of_the_posts(tmp_path):
+    path = partition_file(tmp_path / 'partition.csv', ['03', '01', '02'])
+    assert read_partition(path, pd.Series(['01', '02', '03']))['id'].tolist() == ['01', '02', '03']
+    assert read_partition(path)['id'].tolist() == ['03', '01', '02']
+    assert in_post_order(path, read_table(path, ['id']), ['01', '03'], '', surplus=True)['id'].tolist() == ['01', '03']
 
 
 class Evaluators:
@@ -217,6 +358,41 @@ def test_posts_of_your_own_have_no_truth(run):
     assert not (run_partition(run, threshold=.7, scale='clipscore') / 'truth.csv').exists()
 
 
+def test_a_truth_of_other_posts_is_refused(run):
+    truth = pd.read_csv(run / 'world/truth.csv', dtype=str)
+    truth[truth['id'] != '0009'].to_csv(run / 'world/truth.csv', index=False)
+    with pytest.raises(InputError, match='truth.csv: no row for id 0009 .*1 of 59.*Delete the folder .*world'): run_partition(run)
+    assert not (run / 'partition').exists()
+
+
+@pytest.mark.parametrize('wrong, says', [
+    ({'threshold': 1.1}, r'threshold .* is 1.1, expected a number in \[0, 1\]'),
+    ({'threshold': -.1}, r'threshold .* is -0.1'),
+    ({'scale': 'ranks'}, 'scale is "ranks", expected one of clipscore'),
+    ({'pool': 'median'}, 'pool is "median", expected one of sentence, mean, max'),
+])
+def test_a_wrong_setting_stops_before_any_encoder(run, monkeypatch, wrong, says):
+    for evaluator in (Clip, Evaluators, Sentiment):
+        for method in ('embed_images', 'embed_texts', 'top_phrases'):
+            monkeypatch.setattr(evaluator, method, lambda *_, **__: pytest.fail('an encoder ran'), raising=False)
+    with pytest.raises(ValueError, match=says): run_partition(run, **wrong)
+    assert not (run / 'partition').exists()
+
+
+class Mixed(Evaluators):
+    def top_phrases(self, images, k=3): return ['joy thing, grief thing, grief thing'] * len(images)
+
+
+def test_score_pairs_pools(run):
+    images, texts = np.full((2, 4, 4, 3), 255, np.uint8), ['red joy', 'blue grief']
+    found = {pool: score_pairs(images, texts, Clip(), Mixed(), Sentiment(), pool=pool)['emotional'].tolist() for pool in POOLS}
+    assert found == {'sentence': [1, 0], 'mean': [pytest.approx(1 / 3), pytest.approx(2 / 3)], 'max': [1, 1]}  # Sentiment hears joy first
+    ranked = score_pairs(images, texts, Clip(), Mixed(), Sentiment(), 'rank', 'mean')['emotional']
+    assert ranked.tolist() == rescale(np.array([1 / 3, 2 / 3]), 'rank').tolist()  # pooled first, scaled then
+    out = run_partition(run, threshold=.7, pool='mean')
+    assert read_record(out)['parameters']['pool'] == 'mean' and 'pool' in run_partition.stale(run, threshold=.7)
+
+
 def test_score_pairs_uses_a_plain_cosine_beside_clipscore(run):
     images, texts = np.full((2, 4, 4, 3), 255, np.uint8), ['red joy', 'blue grief']
     images[1, ..., 1:] = 0
@@ -234,3 +410,14 @@ def test_figures_show_every_partition():
     fig = plot_gallery(few, np.zeros((len(few), 4, 4, 3), np.uint8), ['a $ b'] * len(few), columns=3)
     assert len(fig.axes) == 12 and sum(len(ax.images) for ax in fig.axes) == 9
     fig.canvas.draw()
+
+
+def test_figure_of_thresholds():
+    table, truth = random_table(40, 0)
+    sweep = threshold_sweep(table['factual'], table['emotional'], truth['partition'])
+    left, right = plot_thresholds(sweep, .53).axes
+    assert [line.get_label() for line in left.lines] == [*PARTITIONS, 'γ = 0.53']
+    assert [line.get_label() for line in right.lines] == ['precision of strong', 'recall of strong', 'γ = 0.53']
+    for name, line in zip(PARTITIONS, left.lines):
+        np.testing.assert_array_equal(line.get_ydata(), sweep['share'][sweep['partition'] == name])
+    assert len(plot_thresholds(sweep.drop(columns=['precision', 'recall'])).axes) == 1

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 
 from pacl import pipeline
@@ -286,4 +287,5 @@ def test_every_notebook_declares_what_its_stage_takes(notebook):
     stages = [f for f in ast.walk(module) if isinstance(f, ast.FunctionDef) and any(
         isinstance(d, ast.Call) and getattr(d.func, 'id', '') == 'stage' for d in f.decorator_list)]
     assert len(stages) == 1 and {a.arg for a in stages[0].args.kwonlyargs} == set(declared)
+    assert set(papermill.inspect_notebook(ROOT / f'nbs/{notebook}.ipynb')) == {'run', *declared}  # papermill's own reading of the cell
     for name, (default, comment) in declared.items(): assert outside(default, comment) is None or isinstance(default, list | tuple), name
