@@ -99,7 +99,7 @@ def pair_masks(
     image_positives, text_positives = image_best[:, None] == index, text_best == index[:, None]  # images × texts, as all below
     kept = torch.ones(n, n, dtype=torch.bool, device=sim.device)
     if 'factual' in FILTERS[partition]:
-        kept = kept & ~best_match_cluster(sim.T, factual_clusters).T.contiguous()  # & of two memory layouts takes three times as long
+        kept = kept & ~best_match_cluster(sim.T, factual_clusters).T.contiguous()  # & of unlike memory layouts is slow
     if 'emotional' in FILTERS[partition]:
         kept = kept & ~best_match_cluster(sim, emotional_clusters)
     if not keep_positives:
@@ -192,7 +192,7 @@ def release_loss(
         dropped = torch.zeros_like(sim, dtype=torch.bool)
         for kind in FILTERS[partition]:
             dropped |= labels[kind][:, None] == labels[kind]  # of the best matches of both, anchor and candidate
-        dropped &= never[:, None] != index
+        dropped &= never[:, None] != index  # own pair; in weak what the factual batch left in this variable
         logits = (sim.T if partition == 'emotional' else sim).to(torch.promote_types(sim.dtype, torch.float32)) / temperature
         denominator = logits.masked_fill(dropped, -torch.inf).logsumexp(1)  # `never` is left, at least
         losses[partition] = RELEASE_WEIGHTS[partition] * (denominator - logits[index, target]).mean()

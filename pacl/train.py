@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MAIN', 'FULL', 'WORDS', 'LEAST', 'READS', 'TrainConfig', 'active_partitions', 'endless_batches', 'batches_of',
            'count_images', 'plan_steps', 'method_masks', 'own_rows', 'gather_rows', 'sum_gradients', 'Posts', 'Batches',
-           'Towers', 'step_losses', 'backward_step', 'file_hash', 'save_checkpoint', 'load_checkpoint',
+           'Towers', 'step_losses', 'backward_step', 'file_hash', 'must_be', 'save_checkpoint', 'load_checkpoint',
            'probe_features', 'plot_losses', 'train', 'end_with', 'main', 'literal', 'enhance', 'what_stopped',
            'run_train']
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .contrast import PairMasks, contrastive_loss, pair_masks, release_loss
-from .data import in_post_order, load_set, read_table
+from .data import in_post_order, load_set, read_table, stop_at
 from .encoders import VisualEncoder, augment, id_keys, load, load_backbone, save_backbone, split_backbone, to_input
 from .partition import LOOKS, PARTITIONS
 from .stages import InputError, code_hashes, digest, file_hashes, nearest, progress, read_record, stage
@@ -77,10 +77,15 @@ class TrainConfig:
     @property
     def name(self) -> str: return f'{self.method}-{self.partition}-s{self.seed}'  # of the run's folder
 
+    @property
+    def origin(self) -> dict:  # what makes the numbers; the others may change on the way
+        return {name: value for name, value in asdict(self).items() if name not in ('workers', 'checkpoint_minutes')}
+
     def __post_init__(self):  # "palc" would train as unpartitioned
         for field in fields(self):
             value, kind = getattr(self, field.name), type(field.default)
             if kind is float and type(value) is int: object.__setattr__(self, field.name, value := float(value))
+            if kind is bool and value in ('true', 'false'): object.__setattr__(self, field.name, value := value == 'true')
             if kind is tuple: object.__setattr__(self, field.name, value := tuple(value))
             if type(value) is not kind: raise InputError(f'{field.name} is {value!r}, expected {kind.__name__}')
             if field.name in WORDS and value not in WORDS[field.name]:
@@ -201,12 +206,13 @@ def gather_rows(
     return torch.cat([everyone[:own.start], features, everyone[own.stop:]])
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    "Over all processes, in one message."
+    "Over all processes, in one message. Where the loss does not reach, it is 0: in one process as in many."
+    for p in parameters: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if not dist.is_initialized(): return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad = gradient.view_as(p)
+        p.grad.copy_(gradient.view_as(p))  # in place: fused AdamW reads it in the memory layout of p, whatever its strides say
 
 # %% ../nbs/06_train.ipynb #06-018
 READS = ('data', 'features', 'partition', 'clusters')
@@ -217,17 +223,20 @@ class Posts:
                  run: Path):  # the profile's folder
         self.run = run = Path(run)
         table, self.images = load_set(run, 'posts')
-        self.ids, settings = table['id'].to_numpy(), read_record(run / 'features')['parameters']
-        self.keys, self.digest = id_keys(self.ids), digest([read_record(run / name)['outputs'] for name in READS])
+        records = {name: read_record(run / name) for name in READS}
+        for name in READS:
+            if not records[name]: raise InputError(f'{run / name} is missing, and training reads it. Run that stage first.')
+        self.ids, settings = table['id'].to_numpy(), records['features']['parameters']
+        self.keys, self.digest = id_keys(self.ids), digest([record['outputs'] for record in records.values()])
         self.backbone, self.trainable_stages = settings['backbone'], settings['trainable_stages']
         self.text = torch.from_numpy(self.features('text', 0))
         # read into memory: batches pick single rows, and a memory-mapped row costs a disk access each
         self.early = self.features('early_posts', 1) if self.trainable_stages else None
-        self.partitions = {'evaluators': self.column(run / 'partition' / 'partition.csv', 'partition')}
+        self.partitions = {'evaluators': self.column(run / 'partition' / 'partition.csv', 'partition', '|'.join(PARTITIONS))}
         if (run / 'partition' / 'true_partition.csv').exists():
-            self.partitions['true'] = self.column(run / 'partition' / 'true_partition.csv', 'partition')
+            self.partitions['true'] = self.column(run / 'partition' / 'true_partition.csv', 'partition', '|'.join(PARTITIONS))
         clusters = run / 'clusters' / 'clusters.csv'
-        self.clusters = {k: torch.from_numpy(self.column(clusters, f'{k}_cluster').astype(int)) for k in ('factual', 'emotional')}
+        self.clusters = {k: torch.from_numpy(self.column(clusters, f'{k}_cluster', '[0-9]+').astype(int)) for k in ('factual', 'emotional')}
 
     def features(self, name: str, axis: int) -> np.ndarray:
         array = np.load(path := self.run / 'features' / f'{name}.npy')
@@ -235,10 +244,11 @@ class Posts:
         raise InputError(f'{path}: {array.shape[axis]} rows, but there are {len(self.ids)} posts. '
                          f'Delete the folder {path.parent} and run again.')
 
-    def column(self, path: Path, name: str) -> np.ndarray:
-        "One column, in the posts' order. Raises InputError where its ids are not the posts'."
-        remedy = f'Delete the folder {path.parent} and run again.'
-        return in_post_order(path, read_table(path, ['id', name]), self.ids, remedy)[name].to_numpy()
+    def column(self, path: Path, name: str, pattern: str) -> np.ndarray:
+        "One column, in the posts' order. Raises InputError where its ids are not the posts', or a value does not match."
+        table, remedy = read_table(path, ['id', name]), f'Delete the folder {path.parent} and run again.'
+        stop_at(path, table, name, ~table[name].str.fullmatch(pattern), pattern, remedy)
+        return in_post_order(path, table, self.ids, remedy)[name].to_numpy()
 
     def seeds(self, rows: np.ndarray, seed: tuple[int, int]) -> list[tuple]:  # seed: (run, epoch)
         "What is drawn for a picture depends on these alone: not on its batch, the process or the order."
@@ -282,14 +292,19 @@ class Towers(nn.Module):
         self.trainable.requires_grad_(True)
         self.image_projector = nn.Linear(self.backbone.num_features, config.dim, bias=False)
         self.text_projector = nn.Linear(posts.text.shape[1], config.dim, bias=False)
-        self.eval()  # batch norm keeps its statistics: batches of one partition are not like the others
-        if config.batch_norm == 'trained':
-            for module in self.trainable.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm): module.train()
+        norms = [module for module in trainable.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self.learning_norms = norms if config.batch_norm == 'trained' else []
+        self.train()
         self.device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
-        self.bfloat16 = config.precision == 'bfloat16' or config.precision == 'auto' and self.device.type == 'cuda'
+        able = torch.cuda.is_bf16_supported(including_emulation=False)  # False without a GPU
+        self.bfloat16 = config.precision == 'bfloat16' or config.precision == 'auto' and able
         if config.compile: self.trainable.compile()
         self.to(self.device)
+
+    def train(self, mode: bool = True):  # by default batch norm keeps its statistics: batches of one partition are not like the others
+        super().train(False)
+        for norm in self.learning_norms: norm.train(mode)
+        return self
 
     def image(self, x: Tensor) -> Tensor:  # input of the stages that learn → (n, dim) v, not yet normalised, float32 or wider
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -343,6 +358,15 @@ def backward_step(
 # %% ../nbs/06_train.ipynb #06-022
 def file_hash(path: Path) -> str: return next(iter(file_hashes(path).values()))
 
+def must_be(
+    folder: Path,
+    was: dict,  # a run's settings as they were left there
+    now: dict,
+) -> None:
+    "Raises InputError where they differ."
+    differ = [f'{name} was {was.get(name)}, is {value}' for name, value in json.loads(json.dumps(now)).items() if was.get(name) != value]
+    if differ: raise InputError(f'{folder} was left by another run: {"; ".join(differ)}. Delete it, or name another folder.')
+
 def save_checkpoint(
     folder: Path,
     step: int,          # steps done
@@ -359,7 +383,7 @@ def save_checkpoint(
     rest = {'step': step, 'groups': state['param_groups'], 'schedule': schedule.state_dict(), 'origin': origin}
     save_file({name: value.contiguous() for name, value in tensors.items()}, part := folder / '.part', {'rest': json.dumps(rest)})
     part.rename(folder / f'step-{step:07d}-{file_hash(part)}.safetensors')
-    for old in sorted(folder.glob('step-*'))[:-2]: old.unlink()
+    for old in sorted(folder.glob('step-*'), key=os.path.getmtime)[:-2]: old.unlink()  # damaged ones may be of later steps
 
 def load_checkpoint(
     folder: Path,
@@ -375,9 +399,7 @@ def load_checkpoint(
     else: return 0
     with safe_open(path, 'pt') as file:
         rest, tensors = json.loads(file.metadata()['rest']), {name: file.get_tensor(name) for name in file.keys()}
-    differ = [f'{name} was {rest["origin"].get(name)}, is {value}' for name, value in json.loads(json.dumps(origin)).items()
-              if rest['origin'].get(name) != value]
-    if differ: raise InputError(f'{folder} was left by another run: {"; ".join(differ)}. Delete it, or name another folder.')
+    must_be(folder, rest['origin'], origin)
     towers.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith('towers.')})
     state = {}
     for k, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
@@ -398,7 +420,9 @@ def probe_features(
 ) -> tuple[np.ndarray, np.ndarray]:  # (4, n, dim) v and t of each partition, pictures as they are
     flat = rows.ravel()
     kept = torch.from_numpy(posts.images[flat] if posts.early is None else posts.early[0, flat]).to(towers.device)
+    towers.eval()  # else trained batch norm would take its statistics from here too, and SyncBatchNorm wait for the other processes
     v, t = towers.image(posts.inputs(kept, flat, None, towers.backbone)), towers.text(posts.text[flat])
+    towers.train()
     return v.unflatten(0, rows.shape).cpu().numpy(), t.unflatten(0, rows.shape).cpu().numpy()
 
 def plot_losses(
@@ -444,8 +468,7 @@ def train(
                                    {'params': projectors, 'lr': config.projector_lr}], fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / len(plan))) / 2)
     part, first = folder.with_name(f'{folder.name}.part'), own_rows(10**6).start == 0
-    free = ('workers', 'checkpoint_minutes')  # may change on the way
-    origin = {name: value for name, value in asdict(config).items() if name not in free} | {'posts': posts.digest}
+    origin = config.origin | {'posts': posts.digest}
     start = load_checkpoint(part / 'checkpoints', towers, optimizer, schedule, origin)
 
     groups = [np.flatnonzero(partition == name) for name in PARTITIONS]
@@ -456,9 +479,10 @@ def train(
         from torch.utils.tensorboard import SummaryWriter
         part.mkdir(parents=True, exist_ok=True)
         lines = (part / 'log.csv').read_text().splitlines()[:1 + start] if start else [','.join(['step', 'epoch', 'lr', *names])]
-        (part / 'log.csv').write_text('\n'.join(lines) + '\n')
-        log = open(part / 'log.csv', 'a', buffering=1)  # each line is on its way before the checkpoint that counts it
-        events = posts.run / 'tensorboard' / config.name
+        (part / '.log').write_text('\n'.join(lines) + '\n')
+        # whole or not there, as all else; then each line is on its way before the checkpoint that counts it
+        log = open((part / '.log').rename(part / 'log.csv'), 'a', buffering=1)
+        events = posts.run / 'tensorboard' / folder.name
         if not start: shutil.rmtree(events, ignore_errors=True)
         board = SummaryWriter(events, purge_step=start)
     if watch and not start: probe(0)
@@ -502,7 +526,7 @@ def train(
     shutil.copy(part / 'log.csv', new)
     plot_losses({config.name: pd.read_csv(new / 'log.csv')}).savefig(new / 'losses.png', dpi=120)
     if watch:
-        probes = [np.load(path) for path in sorted(part.glob('probe-*.npz'))]
+        probes = [np.load(part / f'probe-{epoch:04d}.npz') for epoch in range(config.epochs + 1)]
         np.savez(new / 'probe.npz', ids=posts.ids[watched].astype(str), image_features=np.stack([p['v'] for p in probes]),
                  text_features=np.stack([p['t'] for p in probes]))
     record = asdict(config) | {'steps': len(plan), 'images_seen': count_images(plan)}  # no time: equal runs, equal bytes
@@ -529,22 +553,27 @@ def main(
     jobs: str = None,   # json file: a list of TrainConfig as dicts; runs that are there are skipped
 ) -> None:
     "What torchrun starts."
+    if 'TORCHELASTIC_RUN_ID' in os.environ: end_with(os.getppid())  # torchrun
     if 'PACL_PARENT' in os.environ: end_with(int(os.environ['PACL_PARENT']))
-    if jobs: runs = {Path(folder) / (config := TrainConfig(**job)).name: config for job in json.loads(Path(jobs).read_text())}
+    if jobs: runs = {Path(folder) / (config := TrainConfig.read(job)).name: config for job in json.loads(Path(jobs).read_text())}
     else: runs = {Path(folder): TrainConfig.read({name: literal(value) for name, _, value in (item.partition('=') for item in given)})}
     processes, gpu = int(os.environ.get('WORLD_SIZE', 1)), torch.cuda.is_available()
-    if gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+    if gpu and local >= gpus: raise InputError(f'there are more processes than GPUs. Start with --nproc_per_node {gpus}.')
+    if gpu: torch.cuda.set_device(local)
     if processes > 1: dist.init_process_group('nccl' if gpu else 'gloo')
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     posts = Posts(Path(run))
     for folder, config in runs.items():
-        done = folder.exists()
+        record = folder / 'record.json'
+        if done := folder.exists() and any(folder.iterdir()):
+            must_be(folder, json.loads(record.read_text()) if record.exists() else {}, config.origin)
         if dist.is_initialized(): dist.barrier()  # nobody may look again while the first process renames
         if not done: train(posts, config, folder)
     if dist.is_initialized(): dist.destroy_process_group()
 
-def literal(text: str):  # '3e-4' → 0.0003, 'pacl' → 'pacl', 'true' → True
-    try: return ast.literal_eval(text.capitalize() if text in ('true', 'false') else text)
+def literal(text: str):  # '3e-4' → 0.0003, 'pacl' → 'pacl'
+    try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
 def enhance(
@@ -575,7 +604,7 @@ if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
 def what_stopped(
     stderr: str,  # of torchrun
 ) -> str:         # the first error of a process, or who was killed: torchrun's own report comes after it
-    error = re.search(r'^(?:\[rank\d+\]: )?(\w*Error: .*)', stderr, re.M)
+    error = re.search(r'^(?:\[rank\d+\]: )?([\w.]*Error: .*)', stderr, re.M)
     killed = re.search(r'rank\s*: (\d+) .*\n\s*exitcode\s*: -(?!15)(\d+)', stderr)  # 15: torchrun itself ends the others
     if killed: return f'Process {killed[1]} was killed by signal {killed[2]}' + (': often for want of memory.' if killed[2] == '9' else '.')
     return error[1] if error else ''
@@ -604,6 +633,7 @@ def run_train(
 ) -> dict:                           # number of runs
     "§ 3.3.5, 4.2 as a stage: every method with every seed."
     posts = Posts(run)
+    processes = min(processes, torch.cuda.device_count() or processes)  # one GPU has room for one
     settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, projector_lr=projector_lr, temperature=temperature, mixing=mixing,
                     precision=precision, chunk=chunk, batch_norm=batch_norm, checkpointing=checkpointing, compile=compile)
     methods = [(m, p) for m, p in (FULL if compare == 'full' else MAIN) if p in posts.partitions]

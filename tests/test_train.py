@@ -202,7 +202,7 @@ def test_another_seed_makes_another_plan():
 
 # masks
 
-def naive_masks(method, sim, partition, factual, emotional, groups):
+def naive_masks(method, sim, partition, factual, emotional, groups, keep_positives):
     "Positives and candidates of image and text anchors, pair by pair."
     n = len(sim)
     if method in ('unpartitioned', 'strong', 'curriculum', 'unpartitioned-steps', 'strong-steps'): partition = 'strong'
@@ -217,21 +217,24 @@ def naive_masks(method, sim, partition, factual, emotional, groups):
             kept = (method == 'pacl-no-filter' or not dropped) and group[i] == group[j]
             pseudo = partition == 'weak' and method != 'pacl-no-pseudo'
             of_image, of_text = (j == best_text[i], i == best_image[j]) if pseudo else (i == j, i == j)
+            of_image, of_text = (positive and (keep_positives or not dropped) for positive in (of_image, of_text))
             masks[0][i][j], masks[1][i][j] = of_image, of_image or kept
             masks[2][j][i], masks[3][j][i] = of_text, of_text or kept
     return masks
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data(), st.integers(1, 5), st.sampled_from(METHODS), st.sampled_from([*PARTITIONS, 'all']), st.sampled_from([1, 1, 2, 3]))
-def test_masks_of_every_method(data, n, method, partition, groups):
-    if partition == 'all' and method.startswith('pacl') or method == 'release': return
+@pytest.mark.parametrize('method', [method for method in METHODS if method != 'release'])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), n=st.integers(2, 5), groups=st.sampled_from([1, 2, 3]))
+def test_masks_of_every_method(method, data, n, groups):
+    partition = data.draw(st.sampled_from(PARTITIONS[::-1] if method.startswith('pacl') else [*PARTITIONS, 'all']))
+    keep_positives = method != 'pacl' or data.draw(st.booleans())
     row = st.lists(st.sampled_from([-1., 0., .5, 1.]), min_size=n, max_size=n)  # with ties
     sim = data.draw(st.lists(row, min_size=n, max_size=n))
     factual, emotional = (data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)) for _ in range(2))
-    config = TrainConfig(method=method, candidate_groups=groups)
+    config = TrainConfig(method=method, candidate_groups=groups, keep_positives=keep_positives)
     masks = method_masks(config, torch.tensor(sim), partition, torch.tensor(factual), torch.tensor(emotional))
-    assert [mask.tolist() for mask in masks] == naive_masks(method, sim, partition, factual, emotional, groups)
+    assert [mask.tolist() for mask in masks] == naive_masks(method, sim, partition, factual, emotional, groups, keep_positives)
 
 
 # the losses of a step, in one process and in two
@@ -275,9 +278,9 @@ def tiny_gradients():
     return found
 
 
-def tiny_losses(rows, partition, towers, posts):
+def tiny_losses(rows, partition, towers, posts, **readings):
     v, t = towers.image(posts.pictures[rows]), towers.text(posts.text[rows])
-    return pacl_loss(v, t, partition, posts.clusters['factual'][rows], posts.clusters['emotional'][rows], .2)
+    return pacl_loss(v, t, partition, posts.clusters['factual'][rows], posts.clusters['emotional'][rows], .2, **readings)
 
 
 def test_a_step_sums_what_the_equations_say():
@@ -291,6 +294,24 @@ def test_a_step_sums_what_the_equations_say():
     np.testing.assert_allclose(gradients[3:], by_hand, rtol=1e-10, atol=1e-14)
     losses, _ = tiny_step({'epoch': 0, 'all': np.arange(22)}, TrainConfig(method='unpartitioned', temperature=.2))
     assert losses['all'] == pytest.approx(tiny_losses(np.arange(22), 'strong', towers, posts).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize('reading', [{'keep_positives': False}, {'empty': 'skip'}], ids=str)
+def test_a_step_takes_the_readings(reading):
+    towers, posts = Tiny(), tiny_posts()
+    losses, usual = (tiny_step(TINY_STEP, TrainConfig(temperature=.2, **r))[0] for r in (reading, {}))
+    expected = {name: tiny_losses(rows, name, towers, posts, **reading).item() for name, rows in batches_of(TINY_STEP).items()}
+    assert losses == pytest.approx(expected, rel=1e-12) != usual
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('chunk', [0, 3])
+def test_a_loss_that_is_not_finite_leaves_no_gradient(chunk, value):
+    towers, posts = Tiny(), tiny_posts()
+    def losses_of(v, t): return {'strong': (v * t).sum(), 'weak': (v * t).sum() * 0 + value}
+    with pytest.raises(FloatingPointError, match=f'the weak loss is {value}'):
+        backward_step(towers, posts.pictures, posts.text, losses_of, TrainConfig(chunk=chunk))
+    assert all(p.grad is None for p in towers.parameters())
 
 
 def test_the_release_variant_is_one_loss_over_the_partitions():
@@ -377,11 +398,14 @@ def in_many_processes(folder, job):
     weight = nn.Parameter(torch.zeros(2))
     if rank: weight.grad = torch.tensor([1., 2.])
     sum_gradients([weight])
+    kernel = nn.Parameter(torch.zeros(2, 3, 2, 2).to(memory_format=torch.channels_last))
+    kernel.grad = torch.arange(24.).view(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    sum_gradients([kernel])
     own = torch.arange(7.)[own_rows(7), None].requires_grad_()
     everyone = gather_rows(own, 7)
     (everyone.squeeze() * torch.arange(7.)).sum().backward()
     np.savez(folder / f'{rank}.npz', **tiny_gradients(), weight=weight.grad, everyone=everyone.detach(), own=own.detach(),
-             own_gradient=own.grad)
+             own_gradient=own.grad, kernel=kernel.grad, kernel_stride=kernel.grad.stride())
     train_tiny(job['tiny'], folder)
     train_module.dist.barrier()
     if rank == 0: (folder / 'modules').write_text('\n'.join(sys.modules))
@@ -450,6 +474,8 @@ def test_many_processes_have_the_losses_and_gradients_of_one(request, many):
     for rank in ranks:
         for name, value in alone.items(): np.testing.assert_allclose(rank[name], value, rtol=0, atol=1e-9, err_msg=name)
         assert rank['weight'].tolist() == [len(ranks) - 1, 2 * (len(ranks) - 1)]  # a process without a gradient adds nothing
+        np.testing.assert_array_equal(rank['kernel'], len(ranks) * np.arange(24).reshape(2, 3, 2, 2))
+        assert rank['kernel_stride'].tolist() == [12, 1, 6, 3]  # the weight's: fused AdamW reads gradients in its layout
         assert rank['everyone'].ravel().tolist() == list(range(7))
         np.testing.assert_array_equal(rank['own_gradient'], rank['own'])  # through the own rows alone
     assert [len(rank['own']) for rank in ranks] == ([3, 4] if len(ranks) == 2 else [1, 2, 2, 2])
@@ -515,7 +541,8 @@ def test_the_whole_backbone_learns_from_pictures(tmp_path):
     torch.testing.assert_close(seen[1:], inputs(rows[1:]), rtol=0, atol=0)  # by run, epoch and id alone
     torch.testing.assert_close(seen[:1], augment(to_input(posts.images[[5]], backbone), [(0, 1, *id_keys(['0005']).tolist())]))
     assert all((inputs(rows, other) != seen).any() for other in ((1, 1), (0, 2)))
-    train(posts, TrainConfig(batch_size=8, epochs=1), tmp_path / 'out')
+    train(posts, TrainConfig(batch_size=8, epochs=1, dim=24), tmp_path / 'out')
+    assert {w.shape for w in load_file(tmp_path / 'out/projectors.safetensors').values()} == {(24, 1280), (24, 384)}
     state, initial = load_file(tmp_path / 'out/model.safetensors'), backbone.state_dict()
     same = {name for name in initial if torch.equal(initial[name], state[name])}
     assert same == {name for name in initial if 'running' in name or 'num_batches' in name}
@@ -608,18 +635,18 @@ def test_any_number_of_readers_gives_the_same_bits(posts, trained, tmp_path, wor
     assert bits(tmp_path / 'out') == bits(trained)
 
 
-@pytest.mark.parametrize('settings', [{'chunk': 5}, {'chunk': 5, 'precision': 'bfloat16'}], ids=str)
+@pytest.mark.parametrize('settings', [{'chunk': 50}, {'chunk': 50, 'precision': 'bfloat16'}], ids=str)
 def test_a_chunked_run_is_the_whole_one(tiny_runs, one_process, tmp_path, settings):
-    "In bfloat16 with its own unchunked run: a picture's features are rounded the same wherever it stands."
+    "In bfloat16 with its own unchunked run. Which kernel rounds a picture depends on how many there are."
     posts, config = Posts(tiny_runs['test_convnext']), dataclasses.asdict(TWENTY) | settings
     train(posts, TrainConfig(**config), tmp_path / 'chunked')
-    expected = one_process / 'test_convnext-32'
-    if 'precision' in settings: train(posts, TrainConfig(**config | {'chunk': 0}), expected := tmp_path / 'whole')
+    expected, low = one_process / 'test_convnext-32', 'precision' in settings
+    if low: train(posts, TrainConfig(**config | {'chunk': 0}), expected := tmp_path / 'whole')
     ours, theirs = (pd.read_csv(f / 'log.csv') for f in (tmp_path / 'chunked', expected))
-    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4 if 'precision' not in settings else .05, atol=0)
+    pd.testing.assert_frame_equal(ours, theirs, rtol=.05 if low else 1e-4, atol=0)
     folders = tmp_path / 'chunked', expected, tiny_runs['test_convnext'].parent / 'backbone'
-    ours, theirs, initial = (load_file(f / 'model.safetensors') for f in folders)
-    for key in ours: assert (ours[key] - theirs[key]).norm() <= .2 * (theirs[key] - initial[key]).norm() + 1e-6, key
+    ours, theirs, initial = (torch.cat([w.flatten() for w in load_file(f / 'model.safetensors').values()]) for f in folders)
+    assert (ours - theirs).norm() < (.1 if low else 1e-3) * (theirs - initial).norm()
 
 
 def test_bfloat16_is_close_to_float32_and_learns(tiny_runs, one_process, tmp_path):
@@ -748,9 +775,9 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(posts, trained, tmp
 
 def test_a_run_killed_again_and_again_at_random(posts, trained, tmp_path):
     config, rng, kills = TrainConfig(batch_size=8, seed=3, checkpoint_minutes=0), np.random.default_rng(), 0
-    for _ in range(60):
-        def killed():
-            kill_after(rng.uniform(.3, 1.2))
+    for number in range(60):
+        def killed(number=number):
+            kill_after(rng.uniform(.3, 1.2 + number / 10))  # later and later: a busy machine may need seconds to begin
             train(posts, config, tmp_path / 'out')
         if not (status := in_a_child(killed)): break
         assert status == -signal.SIGKILL
