@@ -63,7 +63,7 @@ def plain(name: str) -> str:
 def ending(name: str) -> str: return posixpath.splitext(name)[1].lower()
 
 class Files:
-    "All files below a folder, found once."
+    "All files below a folder, found once. Raises InputError for a name that is not UTF-8."
     def __init__(self, root: Path):
         self.root, self.paths, self.broken = Path(root).expanduser(), [], set()  # paths relative to root, with /; links that lead nowhere
         if not self.root.is_dir(): raise InputError(f'{root} is not a folder. Name the one that holds the data set.')
@@ -75,7 +75,8 @@ class Files:
         self.paths.sort(key=lambda path: (normalize('NFC', path), path))
         self.pictures = [path for path in self.paths if ending(path) in PICTURES]
         self._stems = defaultdict(list)
-        for path in self.paths: self._stems[plain(posixpath.splitext(posixpath.basename(path))[0])].append(path)
+        for path in self.paths:
+            if path not in self.broken: self._stems[plain(posixpath.splitext(posixpath.basename(path))[0])].append(path)
 
     def _walk(self, folder, inside, chain):
         for entry in os.scandir(folder):
@@ -122,7 +123,7 @@ def read_rows(
     except UnicodeDecodeError as error:
         line = error.object.count(b'\n', 0, error.start) + 1
         raise InputError(f'{path}, row {line}: not UTF-8. Save the file as UTF-8.') from None
-    lines = io.StringIO(text, newline='' if separator else None)  # \r alone ends a line too: files from old Macs
+    lines = io.StringIO(text, newline=None)  # \r alone ends a line too: files from old Macs
     quoting = csv.QUOTE_NONE if separator == '\t' else csv.QUOTE_MINIMAL
     reader = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting) if separator else map(str.split, lines)
     rows, line = {}, 1
@@ -191,7 +192,7 @@ def class_folders(
             raise InputError(f'{files.root / image}: no folder above it is a class; {nearest(parts[-1], classes or ["a class"])}. '
                              'Name the folder of this data set alone, and rename or move what does not belong to it.')
         split = SPLITS.get(parts[at - 1]) if at else None
-        label = parts[at] if classes else image.split('/')[at]
+        label = parts[at] if classes else normalize('NFC', image.split('/')[at])
         rows.append(['/'.join(image.split('/')[at - bool(split):]), image, label, split])
     table = pd.DataFrame(rows, columns=['id', 'image', 'label', 'split'])
     if len(found := sorted(set(table['label']))) < 2:
@@ -471,7 +472,7 @@ def load(
         out = re.match(r'/|[A-Za-z]:|\.\.(/|$)', inside)
         found = None if out else files.find(inside)
         images.append(found or image)
-        missing.append('leaves the folder' if out else 'no image' if found is None or found in files.broken else '')
+        missing.append('leaves the folder' if out else '' if found else 'no image')
     table = table.assign(image=images, missing=missing)
     if all(missing):
         raise InputError(f'{path}: of {len(table)} pictures none is in {files.root}. The first: "{images[0]}" ({missing[0]}). '

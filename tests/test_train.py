@@ -362,6 +362,19 @@ def test_shares_are_nearly_equal_and_leave_nobody_out(n, processes):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_summed_gradients_keep_the_layout_of_their_weights(monkeypatch):
+    "Fused AdamW reads both in one order. The weights of TINY_BACKBONES are contiguous and would not tell."
+    weight, unused = nn.Parameter(torch.rand(4, 3, 2, 2).to(memory_format=torch.channels_last)), nn.Parameter(torch.rand(2))
+    (weight * torch.arange(48.).view(4, 3, 2, 2)).sum().backward()
+    monkeypatch.setattr(train_module.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(train_module.dist, 'all_reduce', lambda flat: flat.mul_(2))
+    sum_gradients([weight, unused])
+    assert weight.grad.stride() == weight.stride() and torch.equal(weight.grad, 2 * torch.arange(48.).view(4, 3, 2, 2))
+    monkeypatch.undo()
+    sum_gradients([alone := nn.Parameter(torch.rand(2))])
+    assert unused.grad.tolist() == alone.grad.tolist() == [0, 0]  # else weight decay would depend on the number of processes
+
+
 TINY_BACKBONES = 'test_convnext', 'test_efficientnet'  # without batch norm; with frozen statistics
 TWENTY = TrainConfig(batch_size=64, epochs=9, dim=32)  # 64 pairs of each partition, steps: 3 × 2 strong, 3 × 2 of three, 3 × 3 of four
 
@@ -515,6 +528,23 @@ def test_a_post_without_a_row(run, tmp_path, name):
     assert not list(tmp_path.glob('out*'))
 
 
+@pytest.mark.parametrize('path, column, value, says', [
+    ('partition/partition.csv', 'partition', 'emotionl', 'partition is "emotionl", expected strong|emotional|factual|weak'),
+    ('partition/true_partition.csv', 'partition', '', 'partition is "", expected strong|emotional|factual|weak'),
+    ('clusters/clusters.csv', 'factual_cluster', '1.0', 'factual_cluster is "1.0", expected')])
+def test_a_word_that_is_none(run, tmp_path, path, column, value, says):
+    path = copy(run, tmp_path / 'run') / path
+    table = pd.read_csv(path, dtype=str)
+    table.loc[3, column] = value
+    table.to_csv(path, index=False)
+    with pytest.raises(InputError, match=re.escape(f'{path.name}, row 5 (id {table["id"][3]}): {says}')): Posts(tmp_path / 'run')
+
+
+def test_a_stage_that_is_missing(run, tmp_path):
+    shutil.rmtree(copy(run, tmp_path / 'run') / 'features')
+    with pytest.raises(InputError, match='features is missing'): enhance(tmp_path / 'run', tmp_path / 'out')
+
+
 @pytest.mark.parametrize('name', ['text', 'early_posts'])
 def test_features_of_other_posts(run, tmp_path, name):
     path = copy(run, tmp_path / 'run') / f'features/{name}.npy'
@@ -612,6 +642,16 @@ def test_probes_are_the_features_of_some_posts_of_each_partition(posts, trained)
     assert all((probe['image_features'][e] != probe['image_features'][e + 1]).any() for e in range(3))
 
 
+def test_probes_leave_trained_batch_norm_alone(tiny_runs):
+    posts = Posts(tiny_runs['test_efficientnet'])
+    towers = Towers(posts, TrainConfig(batch_norm='trained'))
+    before = {name: value.clone() for name, value in towers.state_dict().items()}
+    first, again = (train_module.probe_features(towers, posts, np.arange(n).reshape(4, -1))[0].reshape(n, -1) for n in (8, 16))
+    assert all(torch.equal(value, before[name]) for name, value in towers.state_dict().items())
+    np.testing.assert_allclose(again.reshape(4, 4, -1).reshape(16, -1)[:8], first, atol=1e-5)  # whoever else is looked at
+    assert any(m.training for m in towers.modules())  # and goes on learning
+
+
 def bits(folder): return {name: (folder / name).read_bytes() for name in ('model.safetensors', 'projectors.safetensors', 'log.csv')}
 
 
@@ -704,7 +744,7 @@ def test_what_a_person_sees(posts, trained, tmp_path, monkeypatch):
     losses = ' '.join(rf'{name} \d\.\d\d' for name in PARTITIONS)
     assert re.search(rf'pacl-evaluators-s3 \d/7, .*left, {losses}, \d+ images/s', shown)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(posts.run / 'tensorboard' / CONFIG.name))
+    events = EventAccumulator(str(posts.run / 'tensorboard/out'))
     events.Reload()
     log = pd.read_csv(trained / 'log.csv')
     assert set(events.Tags()['scalars']) == {*(f'loss/{name}' for name in PARTITIONS), 'lr', 'images a second'}
@@ -712,6 +752,12 @@ def test_what_a_person_sees(posts, trained, tmp_path, monkeypatch):
     assert [e.step for e in weak] == [4, 5, 6] and np.allclose([e.value for e in weak], log['weak'].dropna(), rtol=1e-5)
     from PIL import Image
     with Image.open(trained / 'losses.png') as picture: assert min(picture.size) > 300
+
+
+def test_two_runs_have_two_boards(run, tmp_path):
+    posts = Posts(copy(run, tmp_path / 'run'))
+    for name in ('a', 'b'): train(posts, dataclasses.replace(CONFIG, epochs=1), tmp_path / name)
+    assert {'a', 'b'} <= {folder.name for folder in (posts.run / 'tensorboard').iterdir()}
 
 
 # checkpoints, and runs that are killed
@@ -757,6 +803,7 @@ KILLS = {  # the name in pacl.train, the call that is the last, and what happens
     'while the model is saved': ('save_backbone', 0, kill_myself), 'while the projectors are saved': ('save_file', 7, half_a_file)}
 
 
+@pytest.mark.filterwarnings('error:.*cut or changed')  # a kill leaves no half file under the name of a whole one
 @pytest.mark.parametrize('where', KILLS)
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(posts, trained, tmp_path, monkeypatch, where):
     name, number, how = KILLS[where]
@@ -786,6 +833,24 @@ def test_a_run_killed_again_and_again_at_random(posts, trained, tmp_path):
     assert kills and bits(tmp_path / 'out') == bits(trained)
 
 
+def test_a_kill_while_the_log_is_cut(posts, trained, tmp_path):
+    config = dataclasses.replace(CONFIG, checkpoint_minutes=0)
+    interrupted(posts, tmp_path / 'out', 3, config)
+    def killed():
+        def half(path, *_): path.open('w').close(), kill_myself()
+        Path.write_text = half
+        train(posts, config, tmp_path / 'out')
+    assert in_a_child(killed) == -signal.SIGKILL
+    train(posts, config, tmp_path / 'out')
+    assert bits(tmp_path / 'out') == bits(trained)
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_nothing_of_itself(posts, trained, tmp_path):
+    interrupted(posts, tmp_path / 'out', 12, dataclasses.replace(CONFIG, epochs=6, dim=32))
+    train(posts, CONFIG, tmp_path / 'out')
+    for file in ('probe.npz', 'log.csv'): assert (tmp_path / 'out' / file).read_bytes() == (trained / file).read_bytes()
+
+
 def interrupted(posts, folder, steps, config):
     "The folder of a run that stopped after this many steps."
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -808,6 +873,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(posts, trained
     assert len(steps) == 3 and bits(tmp_path / 'out') == bits(trained)
 
 
+def test_new_checkpoints_outlive_damaged_ones_of_later_steps(posts, tmp_path):
+    config = dataclasses.replace(CONFIG, checkpoint_minutes=0)
+    for path in interrupted(posts, tmp_path / 'out', 6, config): path.write_bytes(b'')
+    with pytest.warns(UserWarning, match='cut or changed'): left = interrupted(posts, tmp_path / 'out', 3, config)
+    assert [path.name[:12] for path in left] == ['step-0000002', 'step-0000003']
+
+
 def test_a_checkpoint_of_another_run_is_not_taken(posts, run, tmp_path):
     config = TrainConfig(batch_size=8, seed=3, checkpoint_minutes=0)
     interrupted(posts, tmp_path / 'out', 2, config)
@@ -816,6 +888,23 @@ def test_a_checkpoint_of_another_run_is_not_taken(posts, run, tmp_path):
     other = Posts(make_run(tmp_path / 'other', seed=1))
     with pytest.raises(InputError, match='left by another run: posts was'): train(other, config, tmp_path / 'out')
     train(posts, dataclasses.replace(config, workers=1, checkpoint_minutes=5), tmp_path / 'out')  # these may change
+
+
+def test_a_checkpoint_belongs_to_its_posts_and_to_all_that_shapes_a_run(posts, tmp_path, monkeypatch):
+    origin = {}
+    monkeypatch.setattr(train_module, 'load_checkpoint', lambda *args: origin.update(args[-1]) or exec('raise KeyboardInterrupt'))
+    with pytest.raises(KeyboardInterrupt): train(posts, CONFIG, tmp_path / 'out')
+    free = {'workers', 'checkpoint_minutes'}
+    assert origin == {name: value for name, value in dataclasses.asdict(CONFIG).items() if name not in free} | {'posts': posts.digest}
+
+
+def test_a_checkpoint_every_few_minutes(posts, tmp_path, monkeypatch):
+    now, saved = [0], []  # seconds, of which a step takes 50
+    monkeypatch.setattr(train_module, 'time', SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(train_module, 'backward_step', lambda *args: now.append(now.pop() + 50) or backward_step(*args))
+    monkeypatch.setattr(train_module, 'save_checkpoint', lambda folder, step, *_: saved.append(step))
+    train(posts, dataclasses.replace(CONFIG, checkpoint_minutes=2.), tmp_path / 'out')
+    assert saved == [3, 6]
 
 
 def test_a_checkpoint_holds_all_that_the_next_step_needs(posts, tmp_path):
@@ -930,6 +1019,20 @@ def test_bad_input_is_told_before_torchrun_starts(tmp_path, monkeypatch):
     assert not called and not (run / 'models').exists()
 
 
+def test_no_more_processes_than_gpus(tmp_path, monkeypatch):
+    called, run = [], make_run(tmp_path / 'run', true=False)
+    monkeypatch.setattr(train_module.subprocess, 'run', fake_torchrun(called))
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    run_train(run, batch_size=8, n_seeds=1, processes=2)
+    assert '--nproc_per_node=1' in called[0][0]
+
+
+@pytest.mark.parametrize('said, told', [
+    ('[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried …', 'torch.OutOfMemoryError: CUDA out of memory. Tried …'),
+    ('safetensors_rust.SafetensorError: I/O error', 'safetensors_rust.SafetensorError: I/O error'), ('all is well', '')])
+def test_errors_of_libraries_are_told(said, told): assert train_module.what_stopped(f'[rank1]: a\n{said}\nb') == told
+
+
 def test_what_stopped_training_is_told_first(tmp_path, monkeypatch):
     said = 'FloatingPointError: s0, epoch 1: the weak loss is nan; ids of the batch: 0017'
     report = (f'[rank1]:     raise FloatingPointError(...)\n[rank1]: {said}\nTraceback (most recent call last):\n'
@@ -950,6 +1053,24 @@ def still_there(run):
         try: found += [path.parent.name] * (str(run).encode() in path.read_bytes())
         except OSError: pass  # ended meanwhile
     return found
+
+
+def test_processes_of_a_killed_torchrun_end(run, tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'pacl.train']
+    settings = [run, tmp_path / 'out', 'batch_size=8', 'epochs=300', 'checkpoint_minutes=0']
+    torchrun = subprocess.Popen(command + settings, env=torchrun_environment(), stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if torchrun.poll() is not None or list(tmp_path.glob('out.part/checkpoints/step-*')): break
+        time.sleep(.05)
+    assert torchrun.poll() is None and len(still_there(tmp_path)) == 3
+    torchrun.kill()
+    torchrun.wait()
+    for _ in range(100):
+        if not still_there(tmp_path): break
+        time.sleep(.1)
+    else:
+        for pid in still_there(tmp_path): os.kill(int(pid), signal.SIGKILL)
+        pytest.fail('processes were left')
 
 
 def test_a_killed_stage_leaves_no_process_and_goes_on_to_the_same_bits(reference, tmp_path):
@@ -1002,6 +1123,20 @@ def test_one_killed_process_of_two_ends_the_run_with_a_word_and_it_goes_on(refer
     assert not (run / 'models').exists() and list(run.glob('.models-parts/*/*.part/checkpoints/step-*')) and not still_there(run)
     out = run_train(run, **settings)
     for name in (f.name for f in reference.parts.iterdir()): assert bits(out / name) == bits(reference.parts / name), name
+
+
+def test_the_command_line_names_the_true_partition_and_refuses_another_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, 'set_num_threads', lambda threads: None)  # as the tests after this one expect
+    def call(*settings): main(str(run), str(tmp_path / 'out'), ['batch_size=8', 'epochs=1', *settings])
+    (tmp_path / 'out').mkdir()  # an empty one will do
+    call('partition=true', 'keep_positives=false')
+    before = bits(tmp_path / 'out')
+    assert json.loads((tmp_path / 'out/record.json').read_text())['partition'] == 'true'
+    with pytest.raises(InputError, match='another run: partition was true, is evaluators; keep_positives was False, is True'): call()
+    call('partition=true', 'keep_positives=false', 'workers=1')  # done: nothing to do
+    assert bits(tmp_path / 'out') == before
+    (tmp_path / 'jobs.json').write_text('[{"temprature": 1}]')
+    with pytest.raises(InputError, match='unknown setting "temprature"'): main(str(run), str(tmp_path), jobs=str(tmp_path / 'jobs.json'))
 
 
 def test_torchrun_starts_one_run_from_the_command_line(reference, tmp_path):
