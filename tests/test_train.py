@@ -571,11 +571,15 @@ def test_the_whole_backbone_learns_from_pictures(tmp_path):
     torch.testing.assert_close(seen[1:], inputs(rows[1:]), rtol=0, atol=0)  # by run, epoch and id alone
     torch.testing.assert_close(seen[:1], augment(to_input(posts.images[[5]], backbone), [(0, 1, *id_keys(['0005']).tolist())]))
     assert all((inputs(rows, other) != seen).any() for other in ((1, 1), (0, 2)))
-    train(posts, TrainConfig(batch_size=8, epochs=1, dim=24), tmp_path / 'out')
+    train(posts, config := TrainConfig(batch_size=8, epochs=1, dim=24), tmp_path / 'out')
     assert {w.shape for w in load_file(tmp_path / 'out/projectors.safetensors').values()} == {(24, 1280), (24, 384)}
     state, initial = load_file(tmp_path / 'out/model.safetensors'), backbone.state_dict()
     same = {name for name in initial if torch.equal(initial[name], state[name])}
     assert same == {name for name in initial if 'running' in name or 'num_batches' in name}
+    torch.manual_seed(0)
+    towers, probe = Towers(posts, config), np.load(tmp_path / 'out/probe.npz')
+    with torch.no_grad(): v = towers.image(to_input(posts.images[probe['ids'][0].astype(int)], backbone))  # pictures as they are
+    np.testing.assert_allclose(probe['image_features'][0, 0], v, atol=1e-4)
 
 
 # one run
@@ -752,6 +756,19 @@ def test_what_a_person_sees(posts, trained, tmp_path, monkeypatch):
     assert [e.step for e in weak] == [4, 5, 6] and np.allclose([e.value for e in weak], log['weak'].dropna(), rtol=1e-5)
     from PIL import Image
     with Image.open(trained / 'losses.png') as picture: assert min(picture.size) > 300
+
+
+def test_a_board_shows_each_step_once(posts, tmp_path):
+    older = posts.run / 'tensorboard' / tmp_path.name / 'events.out.tfevents.0.older'
+    older.parent.mkdir(parents=True)
+    older.touch()
+    config = dataclasses.replace(CONFIG, checkpoint_minutes=0)
+    interrupted(posts, tmp_path / tmp_path.name, 5, config)[-1].unlink()  # so that step 4 is made and written again
+    train(posts, config, tmp_path / tmp_path.name)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(older.parent))
+    events.Reload()
+    assert [e.step for e in events.Scalars('loss/strong')] == list(range(7)) and not older.exists()
 
 
 def test_two_runs_have_two_boards(run, tmp_path):
