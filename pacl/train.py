@@ -86,14 +86,14 @@ class TrainConfig:
             value, kind = getattr(self, field.name), type(field.default)
             if kind is float and type(value) is int: object.__setattr__(self, field.name, value := float(value))
             if kind is bool and value in ('true', 'false'): object.__setattr__(self, field.name, value := value == 'true')
-            if kind is tuple: object.__setattr__(self, field.name, value := tuple(value))
+            if kind is tuple and type(value) is list: object.__setattr__(self, field.name, value := tuple(value))
             if type(value) is not kind: raise InputError(f'{field.name} is {value!r}, expected {kind.__name__}')
             if field.name in WORDS and value not in WORDS[field.name]:
                 raise InputError(f'{field.name} is "{value}", expected one of {", ".join(WORDS[field.name])}')
             if value < LEAST.get(field.name, value): raise InputError(f'{field.name} is {value}, expected {LEAST[field.name]} or more')
         for name in ('lr', 'projector_lr', 'temperature'):
             if not 0 < getattr(self, name) < float('inf'): raise InputError(f'{name} is {getattr(self, name)}, expected a number above 0')
-        if not (len(self.weights) == 4 and all(w >= 0 for w in self.weights)):
+        if not (len(self.weights) == 4 and all(isinstance(w, int | float) and w >= 0 for w in self.weights)):
             raise InputError(f'weights is {self.weights}, expected four numbers from 0, for {", ".join(PARTITIONS)}')
         if self.chunk and self.batch_norm == 'trained':
             raise InputError('chunk and batch_norm=trained: statistics of a chunk are not those of the batch. Leave one of them out.')

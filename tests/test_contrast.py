@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 
@@ -15,7 +15,8 @@ from pacl.contrast import (FILTERS, PairMasks, best_match_cluster, contrastive_l
 
 EQUATION = dict(strong=5, emotional=8, factual=11, weak=14)
 partitions = pytest.mark.parametrize('partition', EQUATION, ids=lambda p: f'{p}-eq{EQUATION[p]}')
-fixed = settings(deadline=None, derandomize=True)  # torch's first call is slow; the same draws on every machine
+# torch's first call is slow, and so is a busy machine; the same draws everywhere
+fixed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 temperatures = st.sampled_from([0.01, 0.07, 1.]) | st.floats(0.01, 1)
 
 
@@ -452,11 +453,12 @@ def release_oracle(sims, y_f, y_e, temperature):
 
 
 @st.composite
-def release_batches(draw):
+def release_batches(draw, distinct=False):
     n = draw(st.integers(1, 8))
     values = draw(st.sampled_from([st.sampled_from([-1., 0., .5, 1.]), st.floats(-1, 1)]))
-    return tuple({p: made for p in EQUATION for made in [draw(kind)]}
-                 for kind in (hnp.arrays(np.float64, (n, n), elements=values), clusters(n), clusters(n)))
+    s = hnp.arrays(np.float64, (n, n), elements=values)
+    if distinct: s = st.permutations(range(n * n)).map(lambda order: np.array(order, float).reshape(n, n) * 2 / n**2 - 1)
+    return tuple({p: draw(kind) for p in EQUATION} for kind in (s, clusters(n), clusters(n)))
 
 
 def release_tensors(batch): return ({p: torch.tensor(x) for p, x in part.items()} for part in batch)
@@ -472,10 +474,9 @@ def test_release_loss_equals_loops(batch, temperature):
 
 
 @settings(fixed, max_examples=25)
-@given(release_batches())
+@given(release_batches(distinct=True))  # the best match stays the best
 def test_release_gradient_equals_finite_differences(batch):
     sims, y_f, y_e = release_tensors(batch)
-    assume(all(sum(max(line) - x < 1e-3 for x in line) == 1 for s in batch[0].values() for line in [*s, *s.T]))  # the best stay the best
     def loss(*sims): return tuple(release_loss(dict(zip(EQUATION, sims, strict=True)), y_f, y_e, 0.2).values())
     assert torch.autograd.gradcheck(loss, tuple(s.requires_grad_() for s in sims.values()))
 

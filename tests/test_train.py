@@ -103,6 +103,7 @@ def trained(posts, tmp_path_factory):
     ({'epochs': 0}, 'epochs is 0, expected 1 or more'), ({'batch_size': 1}, 'batch_size is 1, expected 2 or more'),
     ({'epochs': 3.5}, 'epochs is 3.5, expected int'), ({'chunk': -1}, 'chunk is -1'), ({'lr': 0}, 'lr is 0.0, expected a number above 0'),
     ({'temperature': math.nan}, 'temperature is nan'), ({'lr': '1e-4'}, "lr is '1e-4', expected float"),
+    ({'weights': 5}, 'weights is 5, expected tuple'), ({'weights': [1, 1, 'a', 1]}, 'weights is .*, expected four numbers'),
     ({'weights': (1, 1, 1)}, 'weights is .*, expected four numbers'), ({'weights': (1, 1, 1, -1)}, 'weights is .*, expected four numbers'),
     ({'chunk': 8, 'batch_norm': 'trained'}, 'chunk and batch_norm=trained')])
 def test_a_setting_that_makes_no_sense_stops_before_any_work(settings, says, tmp_path):
@@ -665,6 +666,7 @@ def test_without_the_truth_the_same_bits(run, trained, tmp_path):
     for name in ('truth.csv', 'true_partition.csv'): (blind / 'partition' / name).unlink()
     encoder = enhance(blind, tmp_path / 'out', batch_size=8, seed=3)
     assert bits(tmp_path / 'out') == bits(trained)
+    assert (tmp_path / 'out/record.json').read_bytes() == (trained / 'record.json').read_bytes()
     images = np.load(blind / 'data/posts.npy')[:2]
     from PIL import Image
     expected = load_backbone('tf_efficientnet_lite0')
@@ -694,7 +696,9 @@ def test_a_chunked_run_is_the_whole_one(tiny_runs, one_process, tmp_path, settin
 
 
 def test_bfloat16_is_close_to_float32_and_learns(tiny_runs, one_process, tmp_path):
-    train(Posts(tiny_runs['test_convnext']), TrainConfig(**dataclasses.asdict(TWENTY) | {'precision': 'bfloat16'}), tmp_path / 'out')
+    posts, config = Posts(tiny_runs['test_convnext']), TrainConfig(**dataclasses.asdict(TWENTY) | {'precision': 'bfloat16'})
+    assert Towers(posts, config).image(torch.rand(2, 3, 32, 32)).dtype == torch.float32  # similarities are not for bfloat16
+    train(posts, config, tmp_path / 'out')
     low, high = (pd.read_csv(f / 'log.csv') for f in (tmp_path / 'out', one_process / 'test_convnext-32'))
     pd.testing.assert_frame_equal(low, high, rtol=.05, atol=0)
     assert (low['strong'] != high['strong']).all() and low['strong'].iloc[-1] < low['strong'].iloc[0]
@@ -813,11 +817,12 @@ def kill_after(seconds):
     threading.Timer(seconds, kill_myself).start()
 
 
-KILLS = {  # the name in pacl.train, the call that is the last, and what happens there
+KILLS = {  # the name in pacl.train (or of a method of Path), the call that is the last, and what happens there
     'in the third step': ('backward_step', 3, kill_myself), 'after a step, before its checkpoint': ('save_checkpoint', 4, kill_myself),
     'in the middle of writing a checkpoint': ('save_file', 2, half_a_file),
     'before the checkpoint has its name': ('file_hash', 1, kill_myself),
-    'while the model is saved': ('save_backbone', 0, kill_myself), 'while the projectors are saved': ('save_file', 7, half_a_file)}
+    'while the model is saved': ('save_backbone', 0, kill_myself), 'while the projectors are saved': ('save_file', 7, half_a_file),
+    'before the whole run has its name': ('rename', 8, kill_myself)}  # after those of the log and of 7 checkpoints
 
 
 @pytest.mark.filterwarnings('error:.*cut or changed')  # a kill leaves no half file under the name of a whole one
@@ -826,7 +831,8 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(posts, trained, tmp
     name, number, how = KILLS[where]
     config = TrainConfig(batch_size=8, seed=3, checkpoint_minutes=0)
     def killed():
-        setattr(train_module, name, at_call(number, getattr(train_module, name), how))
+        place = Path if hasattr(Path, name) else train_module
+        setattr(place, name, at_call(number, getattr(place, name), how))
         train(posts, config, tmp_path / 'out')
     assert in_a_child(killed) == -signal.SIGKILL and not (tmp_path / 'out').exists()
     steps = []
@@ -834,6 +840,8 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(posts, trained, tmp
     train(posts, config, tmp_path / 'out')
     assert bits(tmp_path / 'out') == bits(trained) and len(steps) < 7  # some were done already
     for file in ('probe.npz', 'losses.png'): assert (tmp_path / 'out' / file).read_bytes() == (trained / file).read_bytes()
+    record, whole = (json.loads((folder / 'record.json').read_text()) for folder in (tmp_path / 'out', trained))
+    assert record == whole | {'checkpoint_minutes': 0}
     assert [*tmp_path.iterdir()] == [tmp_path / 'out']
 
 
