@@ -1,6 +1,7 @@
 """What the adaptive loss costs beside open_clip's ClipLoss, forward and backward, with the features' normalisation in both.
 
 All losses take turns in one process, so that a busy machine slows each alike; the median of the repetitions is printed.
+It needs free cores all the same: at N = 256 an operation lasts microseconds, and its threads wait for the one whose core was taken.
 Extra memory is the peak above what was there before one call (Linux only)."""
 import argparse
 import statistics
