@@ -1,6 +1,7 @@
 "pacl.train: schedule and masks by the equations, any number of processes, the same bits after a kill, the truth never read."
 import ast
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -141,11 +142,12 @@ def test_each_pass_is_in_a_new_order():
 
 
 @pytest.mark.filterwarnings('ignore:partition.csv')
-@settings(deadline=None)
-@given(st.lists(st.sampled_from(PARTITIONS), min_size=2, max_size=40), st.integers(2, 9), st.integers(1, 7), st.sampled_from(METHODS),
-       st.integers(0, 2))
-def test_plan(partition, batch_size, epochs, method, seed):
-    partition, config = np.array(partition), TrainConfig(method=method, batch_size=batch_size, epochs=epochs, seed=seed)
+@pytest.mark.parametrize('method', METHODS)
+@settings(max_examples=50, deadline=None)
+@given(strong=st.sampled_from([1, 2, 3, 8]), others=st.lists(st.sampled_from(PARTITIONS), min_size=1, max_size=40),
+       batch_size=st.integers(2, 9), epochs=st.integers(1, 7), seed=st.integers(0, 2))
+def test_plan(method, strong, others, batch_size, epochs, seed):
+    partition, config = np.array(['strong'] * strong + others), TrainConfig(method=method, batch_size=batch_size, epochs=epochs, seed=seed)
     count = {name: int((partition == name).sum()) for name in PARTITIONS}
     if count['strong'] < 2:
         with pytest.raises(InputError, match='fewer than 2 pairs are strong'): plan_steps(partition, config)
@@ -986,7 +988,9 @@ def test_a_loss_that_is_not_finite_stops(run, tmp_path, value):
     text[row, 7] = value
     np.save(broken / 'features/text.npy', text)
     says = rf'pacl-evaluators-s0, step 1, epoch 1: the factual loss is nan; ids of the batch: .*\b{row:04d}\b'
-    with pytest.raises(FloatingPointError, match=says): enhance(broken, tmp_path / 'out', batch_size=16)
+    with pytest.raises(FloatingPointError, match=says) as error: enhance(broken, tmp_path / 'out', batch_size=16)
+    ids = str(error.value).split(': ')[-1].split()
+    assert len(ids) == 12 and (partition[[int(i) for i in ids]] == 'factual').all()  # of that batch alone
     assert not (tmp_path / 'out').exists()
 
 
@@ -1020,6 +1024,17 @@ def test_the_stage_starts_every_method_with_every_seed(tmp_path, monkeypatch, co
     assert read_record(out)['result']['runs'] == 2 * len(runs) and run_train(run, **settings) == out and len(called) == 1
 
 
+def test_the_stage_hands_every_setting_on(tmp_path, monkeypatch):
+    run, seen = make_run(tmp_path / 'run', true=False), {'batch_size'}
+    monkeypatch.setattr(train_module.subprocess, 'run', fake_torchrun([]))
+    for chosen in (dict(epochs=4, lr=2e-4, projector_lr=2e-3, temperature=.1, mixing='alternate', precision='bfloat16', chunk=3,
+                        checkpointing=True, compile=True, workers=1, checkpoint_minutes=1.), dict(batch_norm='trained')):
+        table = pd.read_csv(run_train(run, n_seeds=1, batch_size=8, **chosen) / 'runs.csv')
+        for name, value in chosen.items(): assert (table[name] == value).all(), name
+        seen |= {*chosen}
+    assert seen == {*inspect.signature(run_train).parameters} & {field.name for field in dataclasses.fields(TrainConfig)}
+
+
 def test_finished_runs_serve_what_they_were_made_from_alone(tmp_path, monkeypatch):
     called, run = [], make_run(tmp_path / 'run', true=False)
     monkeypatch.setattr(train_module.subprocess, 'run', fake_torchrun(called))
@@ -1028,8 +1043,10 @@ def test_finished_runs_serve_what_they_were_made_from_alone(tmp_path, monkeypatc
     clusters = pd.read_csv(run / 'clusters/clusters.csv', dtype=str)
     clusters.assign(factual_cluster='0').to_csv(run / 'clusters/clusters.csv', index=False)
     run_train(run, **usual, processes=1)
+    monkeypatch.setattr(train_module, 'code_hashes', lambda module: 'of other code')
+    run_train(run, batch_size=8, n_seeds=1, processes=1)
     places = [command[-3] for command, _ in called]
-    assert places[0] == places[1] and len(set(places)) == 5
+    assert places[0] == places[1] and len(set(places)) == 6
     assert not (run / '.models-parts').exists()
 
 
@@ -1054,8 +1071,10 @@ def test_no_more_processes_than_gpus(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('said, told', [
     ('[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried …', 'torch.OutOfMemoryError: CUDA out of memory. Tried …'),
-    ('safetensors_rust.SafetensorError: I/O error', 'safetensors_rust.SafetensorError: I/O error'), ('all is well', '')])
-def test_errors_of_libraries_are_told(said, told): assert train_module.what_stopped(f'[rank1]: a\n{said}\nb') == told
+    ('safetensors_rust.SafetensorError: I/O error', 'safetensors_rust.SafetensorError: I/O error'), ('all is well', ''),
+    ('  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 17)', 'Process 1 was killed by signal 9: often for want of memory.'),
+    ('  rank      : 1 (local_rank: 1)\n  exitcode  : -15 (pid: 17)', '')])  # torchrun's own, after another one stopped
+def test_the_reason_is_found_in_what_torchrun_says(said, told): assert train_module.what_stopped(f'[rank1]: a\n{said}\nb') == told
 
 
 def test_what_stopped_training_is_told_first(tmp_path, monkeypatch):
