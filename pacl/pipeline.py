@@ -84,9 +84,6 @@ def converted(
     return value
 
 # %% ../nbs/10_pipeline.ipynb #10-016
-#| export
-
-# %% ../nbs/10_pipeline.ipynb #10-017
 def read_profile(
     path: Path,  # data/profiles/NAME.yaml
 ) -> dict:       # {name: (value, 'file, line n')}
@@ -102,7 +99,7 @@ def read_profile(
     lines = {key.value: key.start_mark.line + 1 for key, _ in root.value} if values else {}
     return {str(name): (value, f'{place}, line {lines.get(str(name), 1)}') for name, value in values.items()}
 
-# %% ../nbs/10_pipeline.ipynb #10-018
+# %% ../nbs/10_pipeline.ipynb #10-017
 def read_settings(
     profile: Path,    # data/profiles/NAME.yaml
     given: list,      # 'key=value' of the command line, which wins over the profile
@@ -129,7 +126,7 @@ def read_settings(
     if problems: raise InputError('\n'.join(dict.fromkeys(problems)))
     return settings
 
-# %% ../nbs/10_pipeline.ipynb #10-021
+# %% ../nbs/10_pipeline.ipynb #10-020
 @contextlib.contextmanager
 def locked(
     run: Path,  # runs/PROFILE, made if it is not there
@@ -149,7 +146,7 @@ def locked(
         lock.flush()
         yield
 
-# %% ../nbs/10_pipeline.ipynb #10-024
+# %% ../nbs/10_pipeline.ipynb #10-023
 def in_words(
     result: dict,  # of stage.json
 ) -> str:
@@ -158,7 +155,7 @@ def in_words(
 def clock(seconds: float) -> str:
     return f'{seconds:.1f} s' if seconds < 60 else f'{seconds // 60:.0f} min {seconds % 60:.0f} s'
 
-# %% ../nbs/10_pipeline.ipynb #10-026
+# %% ../nbs/10_pipeline.ipynb #10-025
 @contextlib.contextmanager
 def watched(
     head: str,       # what the line says already
@@ -183,11 +180,11 @@ def watched(
         if thread.ident: thread.join()
         progress.unlink(missing_ok=True)
 
-# %% ../nbs/10_pipeline.ipynb #10-028
+# %% ../nbs/10_pipeline.ipynb #10-027
 class StageError(Exception):
     "A stage did not end well; the message is all that a reader needs."
 
-# %% ../nbs/10_pipeline.ipynb #10-029
+# %% ../nbs/10_pipeline.ipynb #10-028
 def end_children(number, frame):
     "On Ctrl-C or an order to end: first what this process started, then itself."
     import psutil  # comes with ipykernel
@@ -196,7 +193,7 @@ def end_children(number, frame):
         with contextlib.suppress(psutil.NoSuchProcess): child.kill()
     raise KeyboardInterrupt(number)
 
-# %% ../nbs/10_pipeline.ipynb #10-030
+# %% ../nbs/10_pipeline.ipynb #10-029
 def run_notebook(
     notebook: Path,    # nbs/NAME.ipynb
     executed: Path,    # where the executed one goes
@@ -218,7 +215,7 @@ def run_notebook(
     else: return
     raise StageError(f'{shown(notebook)}{where}:\n{what}\nThe notebook as far as it came: {shown(executed)}')
 
-# %% ../nbs/10_pipeline.ipynb #10-032
+# %% ../nbs/10_pipeline.ipynb #10-031
 def run_stages(
     run: Path,        # runs/PROFILE
     settings: dict,   # of `read_settings`
@@ -248,7 +245,7 @@ def run_stages(
             raise
     return current
 
-# %% ../nbs/10_pipeline.ipynb #10-033
+# %% ../nbs/10_pipeline.ipynb #10-032
 def help_text(
     notebooks: dict,  # {notebook: its `notebook_parameters`}
     profiles: Path,   # the folder data/profiles/
@@ -261,7 +258,7 @@ def help_text(
         lines += ['', f'keys of {notebook}:'] + [f'  {f"{name}={default}":32} {comment}' for name, (default, comment) in parameters.items()]
     return '\n'.join(lines)
 
-# %% ../nbs/10_pipeline.ipynb #10-034
+# %% ../nbs/10_pipeline.ipynb #10-033
 def main(
     arguments=None,                   # of the command line
     stages=STAGES,                    # {stage: notebook}
@@ -298,5 +295,5 @@ def main(
         if path.is_file() and path.name != 'stage.json': print(f'  {shown(path)}')
     return 0
 
-# %% ../nbs/10_pipeline.ipynb #10-035
+# %% ../nbs/10_pipeline.ipynb #10-034
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook

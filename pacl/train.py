@@ -3,9 +3,8 @@
 # %% auto #0
 __all__ = ['MAIN', 'FULL', 'WORDS', 'LEAST', 'READS', 'TrainConfig', 'active_partitions', 'endless_batches', 'batches_of',
            'count_images', 'plan_steps', 'method_masks', 'own_rows', 'gather_rows', 'sum_gradients', 'Posts', 'Batches',
-           'Towers', 'step_losses', 'backward_step', 'file_hash', 'must_be', 'save_checkpoint', 'load_checkpoint',
-           'probe_features', 'plot_losses', 'train', 'end_with', 'main', 'literal', 'enhance', 'what_stopped',
-           'run_train']
+           'Towers', 'step_losses', 'backward_step', 'must_be', 'save_checkpoint', 'load_checkpoint', 'probe_features',
+           'plot_losses', 'train', 'end_with', 'main', 'literal', 'enhance', 'what_stopped', 'run_train']
 
 # %% ../nbs/06_train.ipynb #06-004
 import argparse
@@ -184,7 +183,6 @@ def method_masks(
     if config.method == 'pacl-no-pseudo':
         masks = PairMasks(own, masks.image_candidates & ~masks.image_positives | own,
                           own, masks.text_candidates & ~masks.text_positives | own)
-    if config.candidate_groups == 1: return masks
     return masks._replace(image_candidates=masks.image_candidates & together, text_candidates=masks.text_candidates & together)
 
 # %% ../nbs/06_train.ipynb #06-016
@@ -262,7 +260,7 @@ class Posts:
 
     def inputs(self, kept: Tensor, rows: np.ndarray, seed: tuple[int, int] | None, backbone: nn.Module) -> Tensor:
         "Of `read`, on its device: input of the stages that learn, augmented unless `seed` is None."
-        if self.early is not None: return kept.float().contiguous(memory_format=torch.channels_last)
+        if self.early is not None: return kept.contiguous(memory_format=torch.channels_last)
         x = to_input(kept, backbone)
         return x if seed is None else augment(x, self.seeds(rows, seed))
 
@@ -323,7 +321,7 @@ def step_losses(
 ) -> dict[str, Tensor]:      # loss of each active partition, over the global batch
     "Eqs. 5, 8, 11, 14 of this step."
     batches, sims, clusters = batches_of(step), {}, {}
-    sizes = [len(range(len(rows))[own_rows(len(rows))]) for rows in batches.values()]
+    sizes = [len(rows[own_rows(len(rows))]) for rows in batches.values()]
     for (name, rows), v, t in zip(batches.items(), v.split(sizes), t.split(sizes), strict=True):
         v, t = (F.normalize(gather_rows(x, len(rows)), dim=1) for x in (v, t))
         sims[name] = v @ t.T
@@ -348,7 +346,7 @@ def backward_step(
     losses = losses_of(v, towers.text(texts))
     values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # one wait for the GPU
     for name, value in values.items():
-        if not np.isfinite(value): raise FloatingPointError(f'the {name} loss is {value}')
+        if not np.isfinite(value): raise FloatingPointError(f'the {name} loss is {value}', name)
     weights = dict(zip(PARTITIONS, config.weights))
     sum(weights.get(name, 1.) * loss for name, loss in losses.items()).backward()  # of g_t, and of v
     for chunk, feature, gradient in zip(chunks, features, v.grad.split([len(f) for f in features])):
@@ -356,8 +354,6 @@ def backward_step(
     return values
 
 # %% ../nbs/06_train.ipynb #06-022
-def file_hash(path: Path) -> str: return next(iter(file_hashes(path).values()))
-
 def must_be(
     folder: Path,
     was: dict,  # a run's settings as they were left there
@@ -382,7 +378,7 @@ def save_checkpoint(
     tensors |= {f'adamw.{k}.{name}': value for k, moments in state['state'].items() for name, value in moments.items()}
     rest = {'step': step, 'groups': state['param_groups'], 'schedule': schedule.state_dict(), 'origin': origin}
     save_file({name: value.contiguous() for name, value in tensors.items()}, part := folder / '.part', {'rest': json.dumps(rest)})
-    part.rename(folder / f'step-{step:07d}-{file_hash(part)}.safetensors')
+    part.rename(folder / f'step-{step:07d}-{file_hashes(part)[part.name]}.safetensors')
     for old in sorted(folder.glob('step-*'), key=os.path.getmtime)[:-2]: old.unlink()  # damaged ones may be of later steps
 
 def load_checkpoint(
@@ -394,7 +390,7 @@ def load_checkpoint(
 ) -> int:               # steps done: 0 without a checkpoint
     "Of the newest that is as it was written. Raises InputError where it is of another run."
     for path in sorted(folder.glob('step-*'), reverse=True):
-        if path.stem.split('-')[2] == file_hash(path): break
+        if path.stem.split('-')[2] == file_hashes(path)[path.name]: break
         warnings.warn(f'{path}: cut or changed since it was written (its hash is not that in its name); the one before it is used')
     else: return 0
     with safe_open(path, 'pt') as file:
@@ -500,8 +496,9 @@ def train(
         optimizer.zero_grad()
         try: losses = backward_step(towers, inputs, posts.text[rows], lambda v, t: step_losses(v, t, step, posts, config), config)
         except FloatingPointError as error:
-            ids = ' '.join(posts.ids[step[re.search(r'the (\w+) loss', str(error))[1]]])
-            raise FloatingPointError(f'{config.name}, step {number}, epoch {step["epoch"]}: {error}; ids of the batch: {ids}') from None
+            what, name = error.args
+            ids = ' '.join(posts.ids[step[name]])
+            raise FloatingPointError(f'{config.name}, step {number}, epoch {step["epoch"]}: {what}; ids of the batch: {ids}') from None
         sum_gradients(learning)
         rate = optimizer.param_groups[0]['lr']
         optimizer.step()
@@ -632,17 +629,15 @@ def run_train(
     processes: int = 2,              # started by torchrun
 ) -> dict:                           # number of runs
     "§ 3.3.5, 4.2 as a stage: every method with every seed."
-    posts = Posts(run)
+    given, posts = dict(locals()), Posts(run)
     processes = min(processes, torch.cuda.device_count() or processes)  # one GPU has room for one
-    settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, projector_lr=projector_lr, temperature=temperature, mixing=mixing,
-                    precision=precision, chunk=chunk, batch_norm=batch_norm, checkpointing=checkpointing, compile=compile)
+    settings = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
     methods = [(m, p) for m, p in (FULL if compare == 'full' else MAIN) if p in posts.partitions]
-    jobs = [TrainConfig(method=m, partition=p, seed=seed, workers=workers, checkpoint_minutes=checkpoint_minutes, **settings)
-            for seed in range(n_seeds) for m, p in methods]
+    jobs = [TrainConfig(method=m, partition=p, seed=seed, **settings) for seed in range(n_seeds) for m, p in methods]
     for job in jobs: plan_steps(posts.partitions[job.partition], job)  # what is wrong with the input is said here, not by torchrun
     del posts
     inputs = [digest(file_hashes(run / name)) for name in READS]
-    parts = run / '.models-parts' / digest([inputs, code_hashes('pacl.train'), settings, processes])
+    parts = run / '.models-parts' / digest([inputs, code_hashes('pacl.train'), jobs[0].origin, processes])
     parts.mkdir(parents=True, exist_ok=True)
     (parts / 'jobs.json').write_text(json.dumps([asdict(job) for job in jobs]))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m', 'pacl.train']

@@ -822,7 +822,7 @@ def kill_after(seconds):
 KILLS = {  # the name in pacl.train (or of a method of Path), the call that is the last, and what happens there
     'in the third step': ('backward_step', 3, kill_myself), 'after a step, before its checkpoint': ('save_checkpoint', 4, kill_myself),
     'in the middle of writing a checkpoint': ('save_file', 2, half_a_file),
-    'before the checkpoint has its name': ('file_hash', 1, kill_myself),
+    'before the checkpoint has its name': ('file_hashes', 1, kill_myself),
     'while the model is saved': ('save_backbone', 0, kill_myself), 'while the projectors are saved': ('save_file', 7, half_a_file),
     'before the whole run has its name': ('rename', 8, kill_myself)}  # after those of the log and of 7 checkpoints
 
