@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'InputError', 'nearest', 'disk_errors', 'left_beside', 'read_record', 'write_stage', 'hash_file',
-           'file_hashes', 'digest', 'syntax_tree', 'code_hashes', 'why_stale', 'surroundings', 'stage', 'progress']
+           'file_hashes', 'listing', 'digest', 'syntax_tree', 'code_hashes', 'why_stale', 'surroundings', 'stage',
+           'progress']
 
 # %% ../nbs/11_stages.ipynb #11-003
 import ast
@@ -19,7 +20,7 @@ import platform
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -116,13 +117,26 @@ def file_hashes(
             hashes[name] = hash_file(str(path), facts.st_size, facts.st_mtime_ns)
     return hashes
 
-# %% ../nbs/11_stages.ipynb #11-016
+# %% ../nbs/11_stages.ipynb #11-017
+def listing(
+    folder: Path,  # of the user's
+) -> dict:         # {relative path: (bytes, nanoseconds)} of all it holds; links are followed, hidden files left out
+    "What would be read, without reading it."
+    found, seen = {}, set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen: folders.clear(); continue  # a link that goes round in circles
+        seen.add(real)
+        for path in [os.path.join(place, name) for name in names if not name.startswith('.')]:
+            with suppress(OSError): found[os.path.relpath(path, folder)] = (s := os.stat(path)).st_size, s.st_mtime_ns
+    return found
+
+# %% ../nbs/11_stages.ipynb #11-018
 def digest(
     what,    # the hashes of a folder, or a syntax tree as text
 ) -> str:    # one hash for all
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-# %% ../nbs/11_stages.ipynb #11-019
+# %% ../nbs/11_stages.ipynb #11-021
 def syntax_tree(
     module: str,         # 'pacl.partition'
 ) -> ast.Module | None: # its syntax tree; None where it has no file
@@ -133,7 +147,7 @@ def syntax_tree(
     path = Path(spec.origin).parent.joinpath(*rest).with_suffix('.py') if rest else Path(spec.origin)
     return ast.parse(path.read_bytes()) if path.is_file() else None
 
-# %% ../nbs/11_stages.ipynb #11-020
+# %% ../nbs/11_stages.ipynb #11-022
 def code_hashes(
     module: str,  # where the stage's function is defined
 ) -> dict:        # {module: hash} of it and of what it imports from its own package
@@ -152,7 +166,7 @@ def code_hashes(
             to_read += [f for f in found if f and f.startswith(module.split('.')[0] + '.')]
     return dict(sorted(hashes.items()))
 
-# %% ../nbs/11_stages.ipynb #11-022
+# %% ../nbs/11_stages.ipynb #11-024
 def why_stale(
     folder: Path,      # a stage's folder
     parameters: dict,  # all that the stage's function takes by name
@@ -164,7 +178,8 @@ def why_stale(
     for name in sorted({*parameters, *record['parameters']} - {'device'}):
         was, now = (p.get(name, 'not given') for p in (record['parameters'], parameters))
         if was != now: reasons.append(f'{name} was {was}, is {now}')
-    reasons += [f'{name} changed' for name, was in record['inputs'].items() if digest(file_hashes(folder.parent / name)) != was]
+    def present(name): return digest(listing(Path(name)) if os.path.isabs(name) else file_hashes(folder.parent / name))
+    reasons += [f'{name} changed' for name, was in record['inputs'].items() if present(name) != was]
     changed = [name for name, was in record['code'].items() if (tree := syntax_tree(name)) is None or digest(ast.dump(tree)) != was]
     if changed: reasons.append(f'code changed: {", ".join(name.split(".")[-1] for name in changed)}')
     was, now = record['outputs'], file_hashes(folder)
@@ -174,7 +189,7 @@ def why_stale(
         elif was[name] != now[name]: reasons.append(f'{name} was edited (hash differs)')
     return '; '.join(reasons[:3] + [f'{len(reasons) - 3} more'] * (len(reasons) > 3)) or None
 
-# %% ../nbs/11_stages.ipynb #11-024
+# %% ../nbs/11_stages.ipynb #11-026
 PACKAGES = ('torch', 'torchvision', 'timm', 'open_clip_torch', 'transformers', 'scikit-learn', 'numpy', 'pandas', 'pillow', 'safetensors')
 
 def surroundings() -> dict:
@@ -185,11 +200,11 @@ def surroundings() -> dict:
     return {'packages': {'python': platform.python_version(), **found},
             'device': torch.cuda.get_device_name() if gpu else f'cpu ({platform.machine()}, {os.cpu_count()} cores)'}
 
-# %% ../nbs/11_stages.ipynb #11-025
+# %% ../nbs/11_stages.ipynb #11-027
 def stage(
     name: str,          # its folder below `run`
     reads: tuple = (),  # the stages whose folders it reads
-    files: dict = {},   # parameter that may name a folder of the user's → the file in it whose change makes the stage stale
+    outside=lambda parameters: [],  # → the folders of the user's that it reads
 ):
     "Turns `fill(run, out, *, …) → dict` into a function of run and parameters → its folder, which does nothing where that is current."
     def decorate(fill):
@@ -206,14 +221,13 @@ def stage(
             for upstream in reads:
                 if not read_record(run / upstream):
                     raise InputError(f'{run / upstream} is missing, and {name} reads it. Run that stage first: ./reproduce.sh {run.name}')
-            inputs = {r: run / r for r in reads}
-            for path in [Path(parameters[key]).expanduser().absolute() / file for key, file in files.items() if parameters[key]]:
-                inputs[str(path)] = path
-            record = {'stage': name, 'parameters': parameters, 'inputs': {key: digest(file_hashes(path)) for key, path in inputs.items()},
+            record = {'stage': name, 'parameters': parameters, 'inputs': {r: digest(file_hashes(run / r)) for r in reads},
                       'code': code_hashes(fill.__module__), 'seed': parameters.get('seed', parameters.get('seeds'))}
             started = time.time()
             with write_stage(out, record) as folder:
                 record['result'] = fill(run, folder, **parameters) or {}
+                # afterwards: a stage may keep a split.csv beside the user's pictures
+                record['inputs'] |= {str(f): digest(listing(f)) for f in map(Path.absolute, outside(parameters))}
                 record |= {'seconds': round(time.time() - started, 1), **surroundings()}
             return out
 
@@ -222,7 +236,7 @@ def stage(
         return run_stage
     return decorate
 
-# %% ../nbs/11_stages.ipynb #11-028
+# %% ../nbs/11_stages.ipynb #11-030
 def progress(
     iterable,     # what is looped over
     desc: str,    # a word or two before the bar

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pacl import stages
-from pacl.stages import InputError, progress, stage, why_stale
+from pacl.stages import InputError, listing, progress, stage, why_stale
 
 TOY = '''
 from pathlib import Path
@@ -226,3 +226,23 @@ def test_import_is_light():
     loaded = subprocess.run([sys.executable, '-c', 'import pacl.stages, sys; print(*sys.modules)'], capture_output=True, text=True)
     assert not {'torch', 'pandas', 'numpy', 'papermill'} & set(loaded.stdout.split())
     assert stages.__name__ in loaded.stdout
+
+
+def test_a_folder_of_the_users_is_looked_at(tmp_path):
+    own = tmp_path / 'own'
+    (own / 'images').mkdir(parents=True)
+    (own / 'images/a.jpg').write_bytes(b'1')
+    (own / 'images/round').symlink_to(own)
+
+    @stage('read', outside=lambda parameters: [Path(f) for f in parameters['folders']])
+    def run_read(run, out, *, folders=()):
+        (own / 'split.csv').write_text('the stage may write beside the pictures')
+
+    folders = [str(own)]
+    run_read(tmp_path / 'run', folders=folders)
+    assert run_read.stale(tmp_path / 'run', folders=folders) is None
+    assert sorted(listing(own)) == ['images/a.jpg', 'split.csv']
+    (own / 'images/.hidden').touch()
+    assert run_read.stale(tmp_path / 'run', folders=folders) is None
+    (own / 'images/b.jpg').touch()
+    assert run_read.stale(tmp_path / 'run', folders=folders) == f'{own} changed'
