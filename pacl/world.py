@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['OBJECTS', 'EMOTIONS', 'CLUTTER', 'POSITIVE', 'POST_WORDS', 'CLEAN_WORDS', 'NOUNS', 'POST_TEMPLATES', 'BARE_TEMPLATES',
-           'CAPTION_TEMPLATES', 'own_glyphs', 'glyph_picture', 'turn_hue', 'draw_scene', 'compose', 'write_text',
-           'draw_pairs', 'save_scene', 'draw_images', 'run_world']
+           'CAPTION_TEMPLATES', 'own_glyphs', 'sign_glyphs', 'glyph_picture', 'turn_hue', 'draw_scene', 'compose',
+           'write_text', 'draw_pairs', 'save_scene', 'draw_images', 'valence', 'draw_mixtures', 'run_world']
 
 # %% ../nbs/00_world.ipynb #00-004
 import functools
@@ -34,9 +34,17 @@ POSITIVE = ('amusement', 'awe', 'contentment', 'excitement')
 
 def own_glyphs(
     row: str,   # glyphs with blanks between them
-    new: bool,  # True: those of the benchmark `new`; False: those of posts, `seen` and clean scenes
+    new: bool,  # True: those of the benchmarks `new` and `mixed`; False: those of posts, `seen` and clean scenes
 ) -> list[str]: # every other glyph of the row
     return row.split()[int(new)::2]
+
+def sign_glyphs(
+    name: str,  # key of EMOTIONS; or with its kind: 'awe-1', 'awe-2', 'awe-3'
+    new: bool,  # as above
+) -> list[str]: # that stand for it: six, or two of a kind
+    emotion, _, kind = name.partition('-')
+    glyphs = own_glyphs(EMOTIONS[emotion], new)
+    return glyphs[2 * int(kind) - 2:2 * int(kind)] if kind else glyphs
 
 # %% ../nbs/00_world.ipynb #00-009
 @functools.cache
@@ -88,15 +96,16 @@ def draw_scene(
 def compose(
     seed: tuple[int, ...],  # of this picture alone, so that any number of workers draws the same
     kind: str,              # key of OBJECTS
-    emotion: str,           # key of EMOTIONS
+    signs: dict[str, int],  # how many of which, named as for `sign_glyphs`
     new: bool = False,      # which half of the glyphs
     size: int = 96,         # side in pixels
 ) -> Image.Image:           # RGB
-    "One object, two signs of the emotion, two pieces of clutter."
+    "One object, the signs of its emotions, two pieces of clutter."
     rng = np.random.default_rng(seed)
-    def pick(row, n): return rng.choice(own_glyphs(row, new), n, replace=False)
-    return draw_scene(rng, [(pick(OBJECTS[kind], 1)[0], .48, .60)] + [(g, .24, .32) for g in pick(EMOTIONS[emotion], 2)]
-                      + [(g, .16, .24) for g in pick(CLUTTER, 2)], size)
+    def pick(glyphs, n): return list(rng.choice(glyphs, n, replace=False))
+    what = [(g, .48, .60) for g in pick(own_glyphs(OBJECTS[kind], new), 1)]
+    what += [(g, .24, .32) for name, n in signs.items() for g in pick(sign_glyphs(name, new), n)]
+    return draw_scene(rng, what + [(g, .16, .24) for g in pick(own_glyphs(CLUTTER, new), 2)], size)
 
 # %% ../nbs/00_world.ipynb #00-012
 POST_WORDS = dict(
@@ -171,25 +180,48 @@ def draw_pairs(
 
 # %% ../nbs/00_world.ipynb #00-018
 def save_scene(job: tuple) -> None:
-    "One picture to one file; `job` is (path, seed, kind, emotion, new, size). At module level, so that worker processes find it."
+    "One picture to one file; `job` is (path, seed, kind, signs, new, size). At module level, so that worker processes find it."
     path, *what = job
     compose(*what).save(path)
 
 def draw_images(
     folder: Path,         # images/ is made in it
-    table: pd.DataFrame,  # id, object, emotion
+    table: pd.DataFrame,  # id, object, signs
     seed: tuple[int, int],
     new: bool,            # which half of the glyphs
     size: int,            # side in pixels
 ) -> list[str]:           # path of each picture, relative to `folder`
     (folder / 'images').mkdir(parents=True)
     names = [f'images/{i}.png' for i in table['id']]
-    jobs = [(folder / name, (*seed, i), row.object, row.emotion, new, size) for i, (name, row) in enumerate(zip(names, table.itertuples()))]
+    jobs = [(folder / name, (*seed, i), row.object, row.signs, new, size) for i, (name, row) in enumerate(zip(names, table.itertuples()))]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for _ in progress(pool.map(save_scene, jobs, chunksize=32), f'{folder.name}: drawing', len(jobs)):
             pass
     return names
 
+# %% ../nbs/00_world.ipynb #00-020
+@functools.cache
+def valence(
+    emotion: str,  # key of EMOTIONS
+) -> float:        # [−4, 4]
+    "The mean of VADER's ratings of the emotion's words."
+    from vader import SentimentIntensityAnalyzer
+    rated = SentimentIntensityAnalyzer().lexicon
+    return float(np.mean([rated[word] for word in POST_WORDS[emotion].split() if word in rated]))
+
+def draw_mixtures(
+    rng: np.random.Generator,
+    n: int,             # pictures
+) -> pd.DataFrame:      # signs; labels ('awe|fear'), valence
+    "Three signs of one, two or three emotions, each number in a third of the pictures."
+    rows = []
+    for _ in range(n):
+        few = rng.choice(list(EMOTIONS), rng.integers(1, 4), replace=False)
+        signs = {str(e): 3 // len(few) + (i < 3 % len(few)) for i, e in enumerate(few)}
+        rows.append((signs, '|'.join(signs), round(sum(k * valence(e) for e, k in signs.items()) / 3, 4)))
+    return pd.DataFrame(rows, columns=['signs', 'labels', 'valence'])
+
+# %% ../nbs/00_world.ipynb #00-023
 @stage('world')
 def run_world(
     run: Path,              # the profile's folder
@@ -204,20 +236,28 @@ def run_world(
     image_size: int = 96,   # side of a picture in pixels
     seed: int = 0,
 ) -> dict:                  # counts
-    "Posts, clean scenes and the benchmarks `new` and `seen`, each with its pictures, and `truth.csv`."
+    "Posts, clean scenes and the benchmarks `new`, `seen` and `mixed`, each with its pictures, and `truth.csv`."
     splits = ['train'] * n_train + ['val'] * n_val + ['test'] * n_test
-    for number, (name, n) in enumerate(dict(posts=n_posts, clean=n_clean, new=len(splits), seen=len(splits)).items()):
+    sizes = dict(posts=n_posts, clean=n_clean) | dict.fromkeys(('new', 'seen', 'mixed'), len(splits))
+    for number, (name, n) in enumerate(sizes.items()):
         rng = np.random.default_rng((seed, number))
         table = draw_pairs(rng, n, noise if name == 'posts' else 'uniform', .475 if name == 'posts' else 1)
         table.insert(0, 'id', [f'{i:05d}' for i in range(n)])
-        table['image'] = draw_images(out / name, table, (seed, number), name == 'new', image_size)
+        if name == 'new':
+            table['level_3'] = [f'{emotion}-{rng.integers(1, 4)}' for emotion in table['emotion']]
+            table['level_1'] = np.where(table['emotion'].isin(POSITIVE), 'positive', 'negative')
+        if name == 'mixed': table = table.join(draw_mixtures(rng, n))
+        else: table['signs'] = [{sign: 2} for sign in table['level_3' if name == 'new' else 'emotion']]
+        table['image'] = draw_images(out / name, table, (seed, number), name in ('new', 'mixed'), image_size)
         if name in ('posts', 'clean'):
             table['text'] = [write_text(rng, row.text_object, row.text_emotion, name == 'clean') for row in table.itertuples()]
         if name == 'posts':
-            table.drop(columns=['image', 'text']).to_csv(out / 'truth.csv', index=False)
+            table.drop(columns=['image', 'text', 'signs']).to_csv(out / 'truth.csv', index=False)
             table[['id', 'image', 'text']].to_csv(out / name / 'posts.csv', index=False)
         elif name == 'clean':
             table[['id', 'image', 'text', 'object', 'emotion']].to_csv(out / name / 'captions.csv', index=False)
         else:
-            table.assign(split=splits)[['id', 'image', 'split', 'emotion', 'object']].to_csv(out / name / 'labels.csv', index=False)
-    return {'posts': n_posts, 'clean scenes': n_clean, 'benchmark pictures': 2 * len(splits)}
+            table = table.assign(split=splits, level_2=table['emotion']).rename(columns={'emotion': 'label'})
+            labels = {'new': ['label', 'object', 'level_1', 'level_2', 'level_3'], 'seen': ['label', 'object'], 'mixed': ['labels', 'valence']}
+            table[['id', 'image', 'split', *labels[name]]].to_csv(out / name / 'labels.csv', index=False)
+    return {'posts': n_posts, 'clean scenes': n_clean, 'benchmark pictures': 3 * len(splits)}

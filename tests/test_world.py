@@ -12,7 +12,8 @@ from pacl import world
 from pacl.stages import file_hashes
 from pacl.standins import TUNING_WORDS
 from pacl.world import (BARE_TEMPLATES, CAPTION_TEMPLATES, CLEAN_WORDS, CLUTTER, EMOTIONS, NOUNS, OBJECTS, POST_TEMPLATES, POST_WORDS,
-                        POSITIVE, compose, draw_images, draw_pairs, draw_scene, glyph_picture, own_glyphs, run_world, turn_hue, write_text)
+                        POSITIVE, compose, draw_images, draw_mixtures, draw_pairs, draw_scene, glyph_picture, own_glyphs, run_world,
+                        sign_glyphs, turn_hue, valence, write_text)
 
 GLYPH_ROWS = {**OBJECTS, **EMOTIONS, 'clutter': CLUTTER}
 AFFECT = {'post': POST_WORDS, 'clean': CLEAN_WORDS, 'tuning': TUNING_WORDS}
@@ -49,7 +50,7 @@ def test_every_glyph_has_a_picture_of_its_own():
 def test_a_scene_shows_one_object_two_signs_and_two_pieces_of_clutter(new, monkeypatch):
     drawn = []
     monkeypatch.setattr(world, 'draw_scene', lambda rng, glyphs, size: drawn.extend(glyphs))
-    for i in range(20): compose((0, i), 'dog', 'fear', new)
+    for i in range(20): compose((0, i), 'dog', {'fear': 2}, new)
     for start in range(0, 100, 5):
         glyphs, lows, _ = zip(*drawn[start:start + 5])
         halves = [own_glyphs(row, new) for row in (OBJECTS['dog'], EMOTIONS['fear'], EMOTIONS['fear'], CLUTTER, CLUTTER)]
@@ -70,9 +71,10 @@ def test_turning_the_hue_keeps_the_shape():
 
 
 def test_same_seed_same_picture():
-    again = compose((3, 1, 4), 'cat', 'awe', size=48)
+    again = compose((3, 1, 4), 'cat', {'awe': 2}, size=48)
     assert again.size == (48, 48) and again.mode == 'RGB'
-    assert again.tobytes() == compose((3, 1, 4), 'cat', 'awe', size=48).tobytes() != compose((3, 1, 5), 'cat', 'awe', size=48).tobytes()
+    again = again.tobytes()
+    assert again == compose((3, 1, 4), 'cat', {'awe': 2}, size=48).tobytes() != compose((3, 1, 5), 'cat', {'awe': 2}, size=48).tobytes()
 
 
 def test_glyphs_keep_clear_of_each_other_where_there_is_room(monkeypatch):
@@ -92,11 +94,12 @@ def test_any_number_of_workers_draws_the_same_pixels(workers, tmp_path, monkeypa
     monkeypatch.setattr(os, 'cpu_count', lambda: workers)
     table = draw_pairs(np.random.default_rng(0), 34)  # more than one chunk
     table.insert(0, 'id', [f'{i:05d}' for i in range(34)])
+    table['signs'] = [{'awe-2': 2, emotion: 1} for emotion in table['emotion']]
     names = draw_images(tmp_path, table, (7, 1), True, 16)
     assert names[0] == 'images/00000.png' and len(names) == 34
     for i in (0, 31, 32, 33):
         with world.Image.open(tmp_path / names[i]) as image:
-            expected = compose((7, 1, i), table['object'][i], table['emotion'][i], True, 16)
+            expected = compose((7, 1, i), table['object'][i], table['signs'][i], True, 16)
             assert image.tobytes() == expected.tobytes()
 
 
@@ -224,18 +227,50 @@ def test_truth_lies_apart_from_what_is_learnt_from(small):
     for row, text in zip(truth.itertuples(), posts['text']):  # the truth is that of the row's own text and picture
         assert said(text, POST_WORDS) == {row.text_emotion} and said(text, NOUNS, slice(2)) == {row.text_object} - {''}
         with world.Image.open(small / 'posts' / posts['image'][int(row.id)]) as image:
-            assert image.tobytes() == compose((0, 0, int(row.id)), row.object, row.emotion, size=16).tobytes()
+            assert image.tobytes() == compose((0, 0, int(row.id)), row.object, {row.emotion: 2}, size=16).tobytes()
 
 
 def test_benchmarks_and_clean_scenes(small):
-    for name, number in dict(new=2, seen=3).items():
+    levels = ['level_1', 'level_2', 'level_3']
+    for name, number, columns in (('new', 2, ['label', 'object', *levels]), ('seen', 3, ['label', 'object'])):
         table = read(small / name / 'labels.csv')
-        assert list(table) == ['id', 'image', 'split', 'emotion', 'object'] and table['id'].str.fullmatch(r'\d{5}').all()
+        assert list(table) == ['id', 'image', 'split', *columns] and table['id'].str.fullmatch(r'\d{5}').all()
         assert table['split'].value_counts().to_dict() == {'train': 5, 'val': 2, 'test': 3}
         first = table.iloc[0]
         with world.Image.open(small / name / first['image']) as image:
-            assert image.tobytes() == compose((0, number, 0), first['object'], first['emotion'], name == 'new', 16).tobytes()
+            sign = first['level_3' if name == 'new' else 'label']
+            assert image.tobytes() == compose((0, number, 0), first['object'], {sign: 2}, name == 'new', 16).tobytes()
+    table = read(small / 'new/labels.csv')
+    assert (table['level_2'] == table['label']).all() and (table['level_3'].str[:-2] == table['label']).all()
+    assert set(table['level_3'].str[-1]) == set('123')
+    assert ((table['level_1'] == 'positive') == table['label'].isin(POSITIVE)).all()
+    mixed = read(small / 'mixed/labels.csv')
+    assert list(mixed) == ['id', 'image', 'split', 'labels', 'valence'] and set(mixed['labels'].str.count(r'\|')) == {0, 1, 2}
     clean = read(small / 'clean/captions.csv')
     assert list(clean) == ['id', 'image', 'text', 'object', 'emotion'] and list(clean['id']) == [f'{i:05d}' for i in range(6)]
     for row in clean.itertuples():  # never mismatched
         assert said(row.text, CLEAN_WORDS) == {row.emotion} and said(row.text, NOUNS) == {row.object}
+
+
+def test_kinds_of_an_emotion_divide_its_glyphs():
+    for emotion in EMOTIONS:
+        kinds = [sign_glyphs(f'{emotion}-{k}', True) for k in (1, 2, 3)]
+        assert sum(kinds, []) == sign_glyphs(emotion, True) == own_glyphs(EMOTIONS[emotion], True) and {len(k) for k in kinds} == {2}
+
+
+def test_valence_is_that_of_the_words():
+    from vader import SentimentIntensityAnalyzer
+    lexicon = SentimentIntensityAnalyzer().lexicon
+    for emotion in EMOTIONS:
+        rated = [lexicon[word] for word in POST_WORDS[emotion].split() if word in lexicon]
+        assert len(rated) >= 4 and valence(emotion) == pytest.approx(sum(rated) / len(rated))
+        assert (valence(emotion) > 0) == (emotion in POSITIVE)
+
+
+def test_mixtures_have_three_signs_of_one_to_three_emotions():
+    table = draw_mixtures(np.random.default_rng(0), 300)
+    for row in table.itertuples():
+        assert sum(row.signs.values()) == 3 and row.labels == '|'.join(row.signs) and set(row.signs) <= set(EMOTIONS)
+        signs = [emotion for emotion, n in row.signs.items() for _ in range(n)]
+        assert row.valence == pytest.approx(np.mean([valence(emotion) for emotion in signs]), abs=1e-4)
+    assert chisquare(table['signs'].map(len).value_counts()).pvalue > .01
