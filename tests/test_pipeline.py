@@ -15,7 +15,7 @@ import papermill
 import pytest
 
 from pacl import pipeline
-from pacl.pipeline import StageError, main, notebook_parameters, outside, run_notebook
+from pacl.pipeline import StageError, from_here, main, notebook_parameters, outside, run_notebook
 
 MODULE = '''
 import os, subprocess, time
@@ -171,6 +171,14 @@ def test_types_that_yaml_reads_otherwise(quick):
         'scale': .1, 'seed': 0, 'folder': '123', 'slow': False}
     assert quick('folder=./nbs') == 0  # from where the user is, not from where notebooks run
     assert json.loads(Path('runs/demo/total/stage.json').read_text())['parameters']['folder'] == str(Path('nbs').absolute())
+
+
+def test_relative_paths_are_those_of_the_command_line(tmp_path, monkeypatch):
+    (tmp_path / 'sets/fi').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for text in ('sets/fi', 'fi:sets/fi', 'fi/polarity:./sets/fi'):
+        assert from_here(text) == text.replace('./', '').replace('sets/fi', f'{tmp_path}/sets/fi')
+    for text in ('sets/nowhere', 'fi', 'fi:', f'fi:{tmp_path}/sets/fi', 3): assert from_here(text) == text
 
 
 def test_ranges_at_their_ends():
