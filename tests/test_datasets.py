@@ -1,10 +1,13 @@
 "Each set in its owners' layout, in miniature: what is read, what is refused, and a split that is the same everywhere."
+import csv
 import io
 import json
 import os
 import pickle
+import tarfile
 import unicodedata
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from pacl import datasets
-from pacl.datasets import BOX, EMOTIC, MIKELS, VAD, WEBEMO, Task, benchmark, dataset, draw_split, posts, read_rows, single
+from pacl.datasets import (
+    BOX, EMOTIC, MIKELS, VAD, WEBEMO, Task, benchmark, dataset, draw_split, numbers, one_of, posts, read_rows, read_table, single,
+)
 from pacl.stages import InputError
 
 _png = io.BytesIO()
@@ -78,6 +83,8 @@ PEOPLE = {  # split → picture → persons: box, words, ratings
     'test': {'e.jpg': [([5, 5, 6, 6], ['Yearning'], [5, 4.25, 4]), ([1, 1, 2, 2], ['Happiness'], [9, 9, 9])],
              'f.jpg': [([5, 5, 6, 6], [], [5, 5, 5])]},
 }
+for split, n in (('train', 5), ('val', 1), ('test', 2)):
+    PEOPLE[split] |= {f'{split}{i}.jpg': [([1, 2, 3, 4], ['Peace', 'Pleasure'], [6, 4, 5])] for i in range(n)}
 
 
 def cells(words):
@@ -143,18 +150,19 @@ EMOSET = ('amusement', 'awe', 'contentment', 'excitement', 'anger', 'disgust', '
 
 def emoset(root):
     write(root, 'info.json', '{}')
-    for split, numbers in (('train', (0, 1)), ('val', (2,)), ('test', (3,))):
-        entries = [[e, f'{e}_{i:05}', f'image/{e}/{e}_{i:05}.jpg', f'annotation/{e}/{e}_{i:05}.json'] for e in EMOSET for i in numbers]
+    for split, places in (('train', (0, 1)), ('val', (2,)), ('test', (3,))):
+        entries = [[e, f'{e}_{i:05}', f'image/{e}/{e}_{i:05}.jpg', f'annotation/{e}/{e}_{i:05}.json'] for e in EMOSET for i in places]
         write(root, f'{split}.json', json.dumps(entries))
         for entry in entries:
             pictures(root, entry[2])
             write(root, entry[3], '{}')
 
 
-def oasis(root, end='\r'):
+def oasis(root, end='\r', quote=''):
     head = ',Theme,Category,Source,Valence_mean,Valence_SD,Valence_N,Arousal_mean,Arousal_SD,Arousal_N'
     rows = [f'I{i},Theme {i}{" " if i < 3 else ""},Object,Pixabay,{1.5 + i % 5},1,100,{2 + i % 3}.25,1,100' for i in range(1, 21)]
-    write(root, 'OASIS.csv', end.join([head, *rows]) + end)
+    lines = [quote + line.replace(',', f'{quote},{quote}') + quote for line in [head, *rows]]
+    write(root, 'OASIS.csv', end.join(lines) + end)
     pictures(root, *(f'images/Theme {i}.jpg' for i in range(1, 21)))
 
 
@@ -184,9 +192,10 @@ def mvsa(root, annotators):
              3: ['positive,positive\tpositive,neutral\tnegative,positive', 'neutral,negative\tneutral,negative\tpositive,positive',
                  'positive,negative\tpositive,negative\tneutral,neutral', 'neutral,neutral\tneutral,neutral\tnegative,positive',
                  'positive,neutral\tneutral,positive\tnegative,negative']}[annotators]
-    write(root, 'labelResultAll.txt', 'ID' + '\ttext,image' * annotators + '\n' + ''.join(f'{i + 2}\t{v}\n' for i, v in enumerate(votes)))
-    pictures(root, *(f'data/{i}.jpg' for i in range(2, 7)))
-    for i in range(2, 7): write(root, f'data/{i}.txt', f'RT @you: post {i}\n')
+    write(root, 'labelResultAll.txt', 'ID' + '\ttext,image' * annotators + '\n'
+          + ''.join(f'{i + 2}\t{v}\n' for i, v in enumerate(votes * 3)))
+    pictures(root, *(f'data/{i}.jpg' for i in range(2, 17)))
+    for i in range(2, 17): write(root, f'data/{i}.txt', f'RT @you: post {i}\n')
 
 
 def own_folder(root):
@@ -200,6 +209,28 @@ def own_csv(root):
     pictures(root, *(f'{i}.png' for i in range(12)))
 
 
+def own_posts(root):
+    write(root, 'posts.csv', 'id,image,text,label\n' + ''.join(f'0{i},{i}.png,"post ""{i}""",{"calm" if i % 2 else "fear"}\n'
+                                                               for i in range(12)))
+    pictures(root, *(f'images/{i}.png' for i in range(12)))
+
+
+def shard(root, name, members):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(root / name, 'w') as tar:
+        for member, content in members:
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return root / name
+
+
+def shards(root):
+    for n in range(3):
+        shard(root, f'shard-{n:04}.tar', [(f'{i:06}.{kind}', content) for i in range(5 * n, 5 * n + 5)
+                                          for kind, content in (('jpg', PICTURE), ('txt', f'post {i}'.encode()))])
+
+
 MINI = [  # name, task, maker, rows, counts of the last label column (or means of the ratings), counts of the split
     ('tumemo', None, tumemo, 14, dict.fromkeys('love happy calm bored sad angry fear'.split(), 2), (12, 1, 1)),
     ('fi', None, fi_folders, 24, dict.fromkeys(MIKELS, 3), (20, 2, 2)),
@@ -210,23 +241,27 @@ MINI = [  # name, task, maker, rows, counts of the last label column (or means o
     ('unbiasedemo', None, emotion_6, 24, dict.fromkeys('love joy surprise sadness anger fear'.split(), 4), (20, 2, 2)),
     ('webemo', None, webemo, 75, dict.fromkeys(WEBEMO, 3), (45, 5, 25)),
     ('webemo', 'six', webemo, 72, dict.fromkeys(set(WEBEMO) - {'confusion'}, 3), None),
-    ('emotic', None, emotic_mat, 6, None, (3, 1, 2)),
-    ('emotic', 'vad', emotic_mat, 6, (31 / 6, 35.75 / 6, 31 / 6), (3, 1, 2)),
-    ('emotic', 'vad', emotic_csv, 6, (31 / 6, 35.75 / 6, 31 / 6), (3, 1, 2)),
+    ('emotic', None, emotic_mat, 14, dict.fromkeys([0], 13) | {1: 1}, (8, 2, 4)),
+    ('emotic', None, emotic_csv, 14, dict.fromkeys([0], 13) | {1: 1}, (8, 2, 4)),
+    ('emotic', 'vad', emotic_mat, 14, (79 / 14, 67.75 / 14, 71 / 14), (8, 2, 4)),
+    ('emotic', 'vad', emotic_csv, 14, (79 / 14, 67.75 / 14, 71 / 14), (8, 2, 4)),
     ('iaps', None, iaps, 20, None, (17, 1, 2)),
     ('iaps', None, iaps_pdanet, 20, (4.8, 4.25, 5.5), (16, 2, 2)),
     ('emoset', None, emoset, 32, dict.fromkeys(EMOSET, 4), (16, 8, 8)),
     ('emoset', 'polarity', emoset, 32, dict(positive=16, negative=16), (16, 8, 8)),
     ('oasis', None, oasis, 20, (3.5, 3.3), (16, 2, 2)),
+    ('oasis', None, lambda root: oasis(root, '\n', '"'), 20, (3.5, 3.3), (16, 2, 2)),
     ('artphoto', None, artphoto, 24, dict.fromkeys(MIKELS, 3), (20, 2, 2)),
     ('abstract', None, abstract, 16, dict.fromkeys(MIKELS, 2), (13, 1, 2)),
     ('cornell-emotion6', None, cornell, 12, dict.fromkeys('anger disgust fear joy sadness surprise'.split(), 2), (10, 1, 1)),
     ('cornell-emotion6', 'dominant', cornell, 8, dict(anger=4, neutral=4), None),
     ('cornell-emotion6', 'va', cornell, 12, (4.0, 3.8), (10, 1, 1)),
-    ('mvsa-single', None, lambda root: mvsa(root, 1), 4, dict(positive=2, negative=1, neutral=1), (4, 0, 0)),
-    ('mvsa-multiple', None, lambda root: mvsa(root, 3), 3, dict(positive=1, negative=1, neutral=1), (3, 0, 0)),
+    ('mvsa-single', None, lambda root: mvsa(root, 1), 12, dict(positive=6, negative=3, neutral=3), (10, 1, 1)),
+    ('mvsa-multiple', None, lambda root: mvsa(root, 3), 9, dict(positive=3, negative=3, neutral=3), None),
     ('folder', None, own_folder, 20, {'calm sea': 10, 'Übermut': 10}, (16, 2, 2)),
     ('csv', None, own_csv, 12, dict(calm=6, fear=6), (4, 4, 4)),
+    ('csv', 'why', own_csv, 12, {'a, b': 12}, (4, 4, 4)),
+    ('posts', None, own_posts, 12, dict(calm=6, fear=6), (10, 1, 1)),
 ]
 
 
@@ -283,7 +318,9 @@ def test_emotic_is_the_same_from_both_forms(tmp_path):
     categories, about = benchmark('emotic', tmp_path / 'mat')
     assert about.kind == 'multi-label' and about.columns == about.classes[0] == EMOTIC and len(EMOTIC) == 26
     words = [{name for name, has in zip(EMOTIC, row) if has} for row in about.targets(categories)]
-    assert words == [{'Fear', 'Pain'}, {'Peace'}, {'Doubt/Confusion'}, {'Anger', 'Aversion'}, {'Yearning'}, {'Happiness'}]
+    more = {'Peace', 'Pleasure'}
+    assert words == [{'Fear', 'Pain'}, {'Peace'}, {'Doubt/Confusion'}, *[more] * 5, {'Anger', 'Aversion'}, more,
+                     {'Yearning'}, {'Happiness'}, more, more]
 
 
 def test_iaps_takes_either_dominance_and_the_mean_of_two_ratings(tmp_path):
@@ -294,9 +331,9 @@ def test_iaps_takes_either_dominance_and_the_mean_of_two_ratings(tmp_path):
     assert table.set_index('id').loc['1001', 'dominance'] == 5 and table.set_index('id').loc['1002', 'dominance'] == 6
 
 
-@pytest.mark.parametrize('end', ['\r', '\n', '\r\n'])
-def test_oasis_of_old_and_new_machines(tmp_path, end):
-    oasis(tmp_path, end)
+@pytest.mark.parametrize('end, quote', [('\r', ''), ('\n', '"'), ('\r\n', '')])
+def test_oasis_of_old_and_new_machines(tmp_path, end, quote):
+    oasis(tmp_path, end, quote)
     table, task = benchmark('oasis', tmp_path)
     assert table['id'].tolist() == [f'I{i}' for i in range(1, 21)] and table['image'][0] == 'images/Theme 1.jpg'
     assert task.columns == ('valence', 'arousal') and task.ranges == ((1, 7), (1, 7)) and task.chance is None
@@ -329,6 +366,93 @@ def test_posts_have_texts(tmp_path):
     assert table['image'].tolist() == ['a.png', 'images/b.png'] and 'likes' in table
 
 
+TEXTS = {  # what a post may say → why it is not used
+    '': 'no text', ' \n ': 'no text', '😀🏳️‍🌈': '', 'https://example.org/a?b=c,d': '', 'long ' * 2000: '', 'שלום, عالم': '', '\u202eabc': '',
+    'He said "no",\nthen\r\nleft\rfor "good"': '', ' ends ': '', 'None': '', '\ufeffmark': '', '=1+1': '', "it's; a\ttab": ''}
+BROKEN = b'caf\xe9, at last'
+
+
+def test_a_text_of_any_kind_is_kept_or_has_its_reason(tmp_path):
+    raw = [text.encode() for text in TEXTS] + [BROKEN]
+    cells = b''.join(b'%d,%d.png,"%s"\n' % (i, i, text.replace(b'"', b'""')) for i, text in enumerate(raw))
+    write(tmp_path, 'posts.csv', b'\xef\xbb\xbfid,image,text\n' + cells)
+    pictures(tmp_path, *(f'{i}.png' for i in range(len(raw))))
+    table, _ = posts('posts', tmp_path)
+    assert table['text'].tolist() == [*TEXTS, 'caf?, at last'] and table['missing'].tolist() == [*TEXTS.values(), 'text is not UTF-8']
+    table['text'].str.encode('utf-8')  # can be written again
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=['Cs']), max_size=20), min_size=1, max_size=6))
+def test_any_text_survives_a_table(tmp_path_factory, texts):
+    file = io.StringIO(newline='')
+    writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+    writer.writerows([['id', 'text'], *([str(i), text] for i, text in enumerate(texts))])
+    path = write(tmp_path_factory.mktemp('t'), 'a.csv', file.getvalue())
+    assert read_table(path, ['id', 'text'])['text'].tolist() == texts
+
+
+def test_a_remedy_of_ones_own(tmp_path):
+    table = read_table(write(tmp_path, 'a.csv', 'id,n\n1,x\n'), ['id', 'n'])
+    with pytest.raises(InputError, match=r'row 2 \(id 1\).*Run it again.'): numbers('a.csv', table, ['n'], 0, 1, 'Run it again.')
+    with pytest.raises(InputError, match='one of a, b .*Run it again.'): one_of('a.csv', table, 'n', ['a', 'b'], 'Run it again.')
+
+
+def test_shards_are_read_in_place(tmp_path):
+    members = [('./deep/a.b.jpg', b'no picture: its kind is b.jpg'), ('./deep/a.txt', 'caf\xe9 ☕\n'.encode()), ('./deep/a.JPG', PICTURE),
+               ('b.json', json.dumps({'caption': 'from json'}).encode()), ('b.png', PICTURE), ('b.cls', b'3'), ('c.jpg', PICTURE),
+               ('d.txt', b'no picture'), ('e.txt', BROKEN), ('e.jpg', PICTURE + b'!'), ('f.json', b'{"text": '), ('f.jpg', PICTURE),
+               ('._b.jpg', b'mac'), ('../g.jpg', PICTURE), ('../../h.jpg', PICTURE), ('é'.encode().decode('latin-1') + '.jpg', PICTURE),
+               ('README.md', b'about'), ('i.json', b'{"text": "first"}'), ('i.txt', b'second'), ('i.webp', PICTURE), ('j.json', b'[3]'),
+               ('k.json', b'{"text": "\\ud83d"}'), ('k.jpg', PICTURE), ('l.json', b'[' * 200_000), ('l.jpg', PICTURE),
+               ('n.jpg', PICTURE), ('n.png', b'a second'), ('n.txt', b'first'), ('n.json', b'{"text": "second"}'), ('m.txt', b'a link')]
+    link = tarfile.TarInfo('m.jpg')
+    link.type, link.linkname = tarfile.SYMTYPE, 'n.jpg'
+    with tarfile.open(shard(tmp_path / 'other disk', '1.tar', members), 'a') as tar: tar.addfile(link)
+    (tmp_path / 'root').mkdir()
+    (tmp_path / 'root/shard 1.tar').symlink_to(tmp_path / 'other disk/1.tar')
+    shard(tmp_path / 'root', 'deep/0.tar', [('0.txt', b'zero'), ('0.jpg', b'')])
+    table, task = posts('webdataset', tmp_path / 'root')
+    assert task is None and table.columns.tolist() == ['id', 'image', 'text', 'missing', 'offset', 'bytes']
+    assert table[['offset', 'bytes']].dtypes.tolist() == [np.int64, np.int64]
+    rows = {row.id: row for row in table.itertuples()}
+    assert rows['deep/a'].image == 'shard 1.tar/deep/a.JPG'
+    assert rows['deep/a'].text == 'caf\xe9 ☕\n' and rows['0'].image == 'deep/0.tar/0.jpg'
+    assert {key: row.text for key, row in rows.items() if key in 'bin'} == {'b': 'from json', 'i': 'second', 'n': 'first'}
+    assert {key: row.missing for key, row in rows.items() if row.missing} == {
+        'c': 'no text', 'd': 'no image', 'e': 'text is not UTF-8', 'f': 'no text', '../g': 'no text', '../../h': 'leaves the folder',
+        'Ã©': 'no text', 'j': 'no image', 'k': 'text is not UTF-8', 'l': 'no text', 'm': 'no image'}
+    for row in rows.values():
+        if row.missing in ('', 'text is not UTF-8') and row.bytes:
+            with open(tmp_path / 'root' / f'{row.image.split(".tar/")[0]}.tar', 'rb') as file:
+                file.seek(row.offset)
+                assert file.read(row.bytes) == PICTURE + b'!' * (row.id == 'e')
+    assert sorted(path.name for path in (tmp_path / 'root').rglob('*')) == ['0.tar', 'deep', 'shard 1.tar']  # nothing unpacked
+
+
+@given(st.data())
+def test_a_shard_cut_anywhere_is_named(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp('cut')
+    path = shard(folder, 'a.tar', [(f'{i}.{kind}', PICTURE * 9) for i in range(2) for kind in ('txt', 'jpg')])
+    with tarfile.open(path) as tar: end = max(member.offset_data + -(-member.size // 512) * 512 for member in tar)
+    path.write_bytes(path.read_bytes()[:data.draw(st.integers(0, end + 511) | st.integers(0, end // 512).map(lambda i: i * 512))])
+    with pytest.raises(InputError, match='a.tar: .*Copy it again'): posts('webdataset', folder)
+
+
+def test_a_broken_header_within_a_shard_is_named(tmp_path):
+    path = shard(tmp_path, 'a.tar', [(f'{i}.jpg', PICTURE) for i in range(3)])
+    content = bytearray(path.read_bytes())
+    content[1024] ^= 1  # the name of the second
+    path.write_bytes(content)
+    with pytest.raises(InputError, match='a.tar: unexpected end'): posts('webdataset', tmp_path)
+
+
+def test_columns_of_ones_own_called_like_those_of_a_shard(tmp_path):
+    write(tmp_path, 'posts.csv', 'id,image,text,bytes,offset\n1,a.png,b,7,x\n')
+    pictures(tmp_path, 'a.png')
+    table, _ = posts('posts', tmp_path)
+    assert table['missing'].tolist() == [''] and not {'bytes', 'offset'} & set(table)
+
+
 @pytest.mark.parametrize('columns, rows, kind, targets', [
     ('labels', ['joy|awe', '', 'awe'], 'multi-label', [[1, 1], [0, 0], [1, 0]]),
     ('level_1,level_2', ['good,joy', 'bad,fear', 'good,awe'], 'hierarchical', [[1, 2], [0, 1], [1, 0]]),
@@ -340,6 +464,10 @@ def test_ones_own_table_has_any_task(tmp_path, columns, rows, kind, targets):
     pictures(tmp_path, '0.png', '1.png', '2.png')
     table, task = benchmark('csv', tmp_path)
     assert task.kind == kind and task.targets(table).tolist() == targets
+    again = Task.of(json.loads(json.dumps(asdict(task))))
+    assert again == task and hash(again) == hash(task)
+    table.to_csv(tmp_path / 'kept.csv', index=False)  # as the data stage keeps it: all text
+    np.testing.assert_array_equal(again.targets(read_table(tmp_path / 'kept.csv', ['id'])), task.targets(table))
     if kind == 'regression': assert task.ranges == ((-2, 3), (0, 2))
 
 
@@ -362,13 +490,14 @@ TUMEMO, IAPS, EMOTION6 = 'all_data_id_and_label.txt', 'Tech Report/AllSubjects_1
 MALFORMED = [  # name, task, maker, what the message says
     ('tumemo', None, broken(tumemo, TUMEMO, '5 Love', '5 Lowe'), [f'{TUMEMO}, row 7 (id 5)', 'label is "lowe"', 'love, happy']),
     ('tumemo', None, broken(tumemo, TUMEMO, '5 Love', '5'), ['row 7: 1 values for 2']),
-    ('tumemo', None, broken(tumemo, TUMEMO, '5 Love', '4 Love'), ['2 rows have the id 4', '1 of 14']),
+    ('tumemo', None, broken(tumemo, TUMEMO, '5 Love', '4 Love'), ['rows 6, 7', 'the id 4', '1 of 14']),
     ('tumemo', None, broken(tumemo, TUMEMO, '5 Love', b'5 \xff'), ['row 7: not UTF-8']),
     ('fi', None, broken(fi_votes, 'agg/awe_0.csv', ',2,3', ',two,3'), ['awe_0.csv, row 2', 'disagree is "two"']),
     ('fi', None, broken(fi_votes, 'agg/awe_0.csv', ',2,3', ',2'), ['awe_0.csv, row 2: 3 values for 4']),
     ('fi', None, lambda root: pictures(root, 'FI/awe/1.jpg', 'FI/happy/1.jpg'), ['happy/1.jpg', 'no folder above it is a class']),
     ('emotion-6', None, fi_folders, ['no folder above it is a class', 'anger']),
     ('emotion-6', None, lambda root: pictures(root, 'images/anger/x/1.jpg'), ['1 class folders']),
+    ('unbiasedemo', None, lambda root: pictures(root, 'images/anger/x/1.jpg', 'images/joyy/dog/1.jpg'), ['images/joyy/dog/1.jpg']),
     ('webemo', None, broken(webemo, 'test25.txt', 'test3_x.jpg 3', 'test3_x.jpg 33'), ['test25.txt, row 4', 'index is "33"', '0 to 24']),
     ('webemo', None, broken(webemo, 'train25.txt', 'train3_x.jpg 3', 'train3_x.jpg'), ['train25.txt, row 4: 1 values']),
     ('webemo', None, lambda root: (webemo(root), os.remove(root / 'test25.txt'))[0], ['no file test25.txt']),
@@ -389,9 +518,12 @@ MALFORMED = [  # name, task, maker, what the message says
     ('emoset', None, broken(emoset, 'val.json', '"awe", ', ''), ['val.json', 'expected 4', '[[emotion, id']),
     ('emoset', None, broken(emoset, 'val.json', '[', ''), ['val.json, row 1', 'Download']),
     ('emoset', None, broken(emoset, 'test.json', '"awe",', '"aw",'), ['test.json, row 2 (id awe_00003)', 'label is "aw"']),
+    ('emoset', None, broken(emoset, 'test.json', 'awe_00003"', 'awe_00000"'),
+     ['rows image/awe/awe_00000.jpg, image/awe/awe_00003.jpg: all have the id awe_00000']),
     ('oasis', None, broken(oasis, 'OASIS.csv', 'Valence_mean', 'Valence'), ['OASIS.csv, row 1: no column "Valence_mean"']),
     ('oasis', None, broken(oasis, 'OASIS.csv', 'Object,Pixabay,2.5', 'Object,Pixabay,2;5'), ['row 2 (id I1)', 'valence is "2;5"']),
     ('oasis', None, broken(oasis, 'OASIS.csv', 'I2,Theme', 'I2,"Theme'), ['OASIS.csv, row 3', 'quotes']),
+    ('oasis', None, broken(oasis, 'OASIS.csv', 'I3,', b'\xff3,'), ['OASIS.csv, row 4: not UTF-8']),
     ('oasis', None, lambda root: pictures(root, 'OASIS.xlsx', 'images/a.jpg'), ['OASIS.xlsx', 'CSV UTF-8', 'OASIS.csv']),
     ('artphoto', None, lambda root: pictures(root, 'awe_1.jpg', 'cover.jpg'), ['id cover.jpg', 'label is "cover.jpg"']),
     ('abstract', None, broken(abstract, 'ABSTRACT_groundTruth.csv', "'Content'", "'Joy'"), ['row 1: no column "Content"']),
@@ -406,10 +538,25 @@ MALFORMED = [  # name, task, maker, what the message says
     ('csv', None, broken(own_csv, 'labels.csv', 'label', 'lable'), ['labels.csv, row 1', 'no column label']),
     ('csv', None, broken(own_csv, 'labels.csv', '3.png,calm', '3.png,'), ['row 5 (id 3.png)', 'label is ""']),
     ('csv', None, broken(own_csv, 'labels.csv', 'calm,val', 'calm,dev'), ['row 3', 'split is "dev"', 'train, val, test']),
-    ('csv', 'vad', own_csv, ['row 1', 'valence']),
+    ('csv', 'vad', own_csv, ['row 1', 'no column vad among label, why', 'valence']),
+    ('csv', 'object', own_csv, ['labels.csv, row 1', 'no column object among label, why']),
+    ('csv', 'image', own_csv, ['no column image among label, why']),
+    ('csv', None, broken(own_csv, 'labels.csv', 'split,why', 'split,label'), ['row 1: 2 column "label"']),
     ('csv', None, broken(own_csv, 'labels.csv', 'image,label,split', 'image,image,split'), ['row 1: 2 column "image"']),
     ('folder', None, lambda root: pictures(root, 'images/a.jpg'), ['1 class folders', 'a folder for each class']),
     ('posts', None, lambda root: write(root, 'posts.csv', 'id,image,text\n1,a.png,b\n1,b.png,c\n') and None, ['rows 2, 3', 'id 1']),
+    ('posts', None, broken(own_posts, 'posts.csv', '07,', b'\xff7,'), ['posts.csv, row 9: not UTF-8']),
+    ('posts', None, broken(own_posts, 'posts.csv', 'id,image', 'id,picture'), ['posts.csv, row 1: no column "image"']),
+    ('posts', None, broken(own_posts, 'posts.csv', '""7', '"7'), ['posts.csv, row 9', 'quotes']),
+    ('webdataset', None, lambda root: shard(root, 'a.tar.gz', []) and None, ['a.tar.gz', 'plain .tar']),
+    ('webdataset', None, lambda root: write(root, 'a.tar', b'\x1f\x8b\x08' + bytes(600)) and None, ['a.tar', 'Copy it again']),
+    ('webdataset', None, lambda root: write(root, 'a.tar', b'') and None, ['a.tar', 'empty file', 'Copy it again']),
+    ('webdataset', None, lambda root: pictures(root, 'a.jpg'), ['no .tar file']),
+    ('webdataset', None, lambda root: (shards(root), shard(root, 'x/more.tar', [('000007.png', PICTURE)]))[0],
+     ['more.tar', '000007.png has the key of a post in shard-0001.tar']),
+    ('webdataset', None, lambda root: shard(root, 'a.tar', [('1.jpg', PICTURE), ('1.JPG', PICTURE)]) and None,
+     ['1.JPG has the key', 'a.tar']),
+    ('webdataset', None, lambda root: shard(root, 'a.tar', [('1.txt', b'words')]) and None, ['of 1 pictures none', '"a.tar/1"']),
 ]
 
 
@@ -431,6 +578,20 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     write(tmp_path, 'Annotations.mat', pickle.dumps(Bomb()))
     with pytest.raises(InputError, match='Annotations.mat'): benchmark('emotic', tmp_path)
     assert not Path('exploded').exists()
+
+
+def test_a_column_is_a_task(tmp_path):
+    write(tmp_path, 'labels.csv', 'image,object,level_1,polarity\n' + ''.join(f'{i}.png,{("cat", "dog")[i % 2]},a,p\n' for i in range(20)))
+    pictures(tmp_path, *(f'{i}.png' for i in range(20)))
+    table, task = benchmark('csv', tmp_path, 'object')
+    assert task == Task('single-label', ('object',), (('cat', 'dog'),)) and task.targets(table)[:3].ravel().tolist() == [0, 1, 0]
+    assert table.columns[:5].tolist() == ['id', 'image', 'object', 'split', 'missing']
+    assert benchmark('csv', tmp_path, 'polarity')[1].classes == (('p',),) and benchmark('csv', tmp_path)[1].kind == 'hierarchical'
+    write(tmp_path / 'o', 'labels.csv', (tmp_path / 'labels.csv').read_text().replace('level_1', 'else'))
+    pictures(tmp_path / 'o', *(f'{i}.png' for i in range(20)))
+    other, _ = benchmark('csv', tmp_path / 'o', 'object')  # nothing but columns of one's own: the split is drawn by this one
+    assert other['split'].value_counts().to_dict() == {'train': 16, 'val': 2, 'test': 2}
+    with pytest.raises(InputError, match='no column label among object, else, polarity'): benchmark('csv', tmp_path / 'o')
 
 
 def test_unknown_names_get_the_nearest(tmp_path):
