@@ -203,7 +203,7 @@ def surroundings() -> dict:
 # %% ../nbs/11_stages.ipynb #11-027
 def stage(
     name: str,          # its folder below `run`
-    reads: tuple = (),  # the stages whose folders it reads
+    reads=(),           # the stages whose folders it reads, or a function of the parameters that says which
     outside=lambda parameters: [],  # → the folders of the user's that it reads
 ):
     "Turns `fill(run, out, *, …) → dict` into a function of run and parameters → its folder, which does nothing where that is current."
@@ -218,10 +218,11 @@ def stage(
             run, parameters = Path(run), complete(run, parameters)
             out = run / name
             if why_stale(out, parameters) is None: return out
-            for upstream in reads:
+            read = reads(parameters) if callable(reads) else reads
+            for upstream in read:
                 if not read_record(run / upstream):
                     raise InputError(f'{run / upstream} is missing, and {name} reads it. Run that stage first: ./reproduce.sh {run.name}')
-            record = {'stage': name, 'parameters': parameters, 'inputs': {r: digest(file_hashes(run / r)) for r in reads},
+            record = {'stage': name, 'parameters': parameters, 'inputs': {r: digest(file_hashes(run / r)) for r in read},
                       'code': code_hashes(fill.__module__), 'seed': parameters.get('seed', parameters.get('seeds'))}
             started = time.time()
             with write_stage(out, record) as folder:

@@ -228,6 +228,19 @@ def test_import_is_light():
     assert stages.__name__ in loaded.stdout
 
 
+def test_what_a_stage_reads_may_depend_on_its_parameters(tmp_path):
+    @stage('numbers')
+    def run_numbers(run, out): (out / 'numbers.txt').write_text('1')
+
+    @stage('total', reads=lambda parameters: () if parameters['alone'] else ('numbers',))
+    def run_total(run, out, *, alone=False): (out / 'total.txt').write_text('2')
+
+    assert list(json.loads((run_total(tmp_path, alone=True) / 'stage.json').read_text())['inputs']) == []
+    with pytest.raises(InputError, match='numbers is missing, and total reads it'): run_total(tmp_path)
+    run_numbers(tmp_path)
+    assert list(json.loads((run_total(tmp_path) / 'stage.json').read_text())['inputs']) == ['numbers']
+
+
 def test_a_folder_of_the_users_is_looked_at(tmp_path):
     own = tmp_path / 'own'
     (own / 'images').mkdir(parents=True)
