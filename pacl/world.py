@@ -258,6 +258,6 @@ def run_world(
             table[['id', 'image', 'text', 'object', 'emotion']].to_csv(out / name / 'captions.csv', index=False)
         else:
             table = table.assign(split=splits, level_2=table['emotion']).rename(columns={'emotion': 'label'})
-            labels = {'new': ['label', 'object', 'level_1', 'level_2', 'level_3'], 'seen': ['label', 'object'], 'mixed': ['labels', 'valence']}
-            table[['id', 'image', 'split', *labels[name]]].to_csv(out / name / 'labels.csv', index=False)
+            columns = dict(new='label object level_1 level_2 level_3', seen='label object', mixed='labels valence')[name].split()
+            table[['id', 'image', 'split', *columns]].to_csv(out / name / 'labels.csv', index=False)
     return {'posts': n_posts, 'clean scenes': n_clean, 'benchmark pictures': 3 * len(splits)}

@@ -18,7 +18,8 @@ from test_data import make_world
 from pacl import cluster
 from pacl.cluster import (POLARITY, check_features, cluster_agreement, cluster_features, cluster_quality, nearest_to_centre, run_cluster,
                           squared_distances)
-from pacl.data import in_post_order, load_set, read_table, run_data
+from pacl.data import in_post_order, load_set, run_data
+from pacl.datasets import read_table
 from pacl.stages import InputError, digest, file_hashes, read_record, write_stage
 
 

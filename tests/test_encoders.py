@@ -143,7 +143,7 @@ def test_every_picture_of_every_batch_is_augmented_differently(backbone):
 def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was(backbone, minilm, threads):
     def features():
         seeds = [(i,) for i in range(5)]
-        return run_frozen(backbone, PICTURES, 'all', backbone, seeds, batch_size=2), encode_texts(*minilm, TEXTS, batch_size=2)
+        return run_frozen(backbone, PICTURES, 'all', backbone, seeds, batch_size=2), encode_texts(minilm, TEXTS, batch_size=2)
     before, expected = torch.get_num_threads(), features()
     torch.set_num_threads(threads)
     try:
@@ -161,7 +161,7 @@ TEXTS = ['a happy dog', LONG, '', 'a happy dog', 'Wow! #amazing 😂', 'a sad, s
 @torch.no_grad()
 def plain(minilm, text):
     "One text by itself: no padding, the mean of its tokens' states."
-    model, tokenizer = minilm
+    model, tokenizer, *_ = minilm
     ids = tokenizer(text)['input_ids']
     if len(ids) > 77: ids = ids[:76] + ids[-1:]
     return model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0).numpy()
@@ -169,23 +169,23 @@ def plain(minilm, text):
 
 @pytest.mark.parametrize('batch_size', [1, 3, 256])
 def test_texts_are_encoded_as_transformers_does(minilm, batch_size):
-    features = encode_texts(*minilm, TEXTS, batch_size=batch_size)
+    features = encode_texts(minilm, TEXTS, batch_size=batch_size)
     np.testing.assert_allclose(features, [plain(minilm, text) for text in TEXTS], atol=1e-5)
     assert features.dtype == np.float32 and (features[0] == features[3]).all() and (features[1] == features[6]).all()
 
 
 def test_what_comes_after_the_77th_token_is_not_read(minilm):
-    long, longer, short = encode_texts(*minilm, [LONG, LONG + ' and joy', 'so much sorrow'])
+    long, longer, short = encode_texts(minilm, [LONG, LONG + ' and joy', 'so much sorrow'])
     assert (long == longer).all() and np.abs(long - short).max() > .01
-    assert np.abs(encode_texts(*minilm, [LONG], max_length=5)[0] - encode_texts(*minilm, ['so much sorrow'])[0]).max() < 1e-5
+    assert np.abs(encode_texts(minilm._replace(max_length=5), [LONG])[0] - encode_texts(minilm, ['so much sorrow'])[0]).max() < 1e-5
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(['a', 'b c', 'b c d', 'd c b', 'ä', 'a longer one']), min_size=1, max_size=9), st.integers(1, 4))
 def test_order_is_kept(minilm, texts, batch_size):
-    alone = {text: encode_texts(*minilm, [text])[0] for text in set(texts)}
+    alone = {text: encode_texts(minilm, [text])[0] for text in set(texts)}
     given = texts if batch_size % 2 else pd.Series(texts)
-    np.testing.assert_allclose(encode_texts(*minilm, given, batch_size), [alone[text] for text in texts], atol=1e-5)
+    np.testing.assert_allclose(encode_texts(minilm, given, batch_size), [alone[text] for text in texts], atol=1e-5)
 
 
 # saving and loading
@@ -250,10 +250,11 @@ def test_run_features(backbone, minilm, tmp_path, trainable_stages):
         for name in ('posts', 'new', 'seen'):
             pd.DataFrame({'id': list('abcde'), 'image': 'x.png', 'text': texts}).to_csv(data / f'{name}.csv', index=False)
             np.save(data / f'{name}.npy', PICTURES if name == 'posts' else PICTURES[::-1])
+        (data / 'tasks.json').write_text('{"new": {}, "seen": {}}')
     with write_stage(tmp_path / 'standins', {'stage': 'standins', 'parameters': {}}) as standins:
         (standins / 'text_encoder').symlink_to(get_model_path(), target_is_directory=True)
     out = run_features(tmp_path, trainable_stages=trainable_stages, views=3)
-    np.testing.assert_allclose(np.load(out / 'text.npy'), encode_texts(*minilm, texts), atol=1e-5)
+    np.testing.assert_allclose(np.load(out / 'text.npy'), encode_texts(minilm, texts), atol=1e-5)
     image = run_frozen(backbone, PICTURES, 'all', backbone)
     np.testing.assert_allclose(np.load(out / 'image.npy'), image, atol=.02 if trainable_stages else 1e-5)  # through float16
     early = {path.stem: np.load(path) for path in out.glob('early_*.npy')}

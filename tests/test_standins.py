@@ -76,7 +76,7 @@ def test_only_the_upper_half_of_the_text_encoder_is_tuned(folder):
 
 def test_the_first_losses_of_the_text_encoder_are_those_by_hand():
     words = tuning_words()
-    model, tokenizer = raw_text_encoder()
+    model, tokenizer, *_ = raw_text_encoder()
     said = []
     def listen(texts, **kwargs): said.extend(texts); return tokenizer(texts, **kwargs)
     torch.manual_seed(5)
@@ -85,7 +85,7 @@ def test_the_first_losses_of_the_text_encoder_are_those_by_hand():
     found = [next(w for w in text.replace(',', ' ').split() if w in set(words['word']) - {'feeling', 'thing', 'story'}) for text in said]
     table = words.set_index('word').loc[found]
     assert len(said) == 64 and table['valence'][:32].notna().all() and (table['emotion'][32:] >= 0).all()
-    features = torch.tensor(encode_texts(*raw_text_encoder(), said))
+    features = torch.tensor(encode_texts(raw_text_encoder(), said))
     with torch.no_grad(): valence, emotion = (head(features).numpy() for head in heads)
     rated, known = table['valence'].notna().to_numpy(), (table['emotion'] >= 0).to_numpy()
     emotion = emotion - np.log(np.exp(emotion).sum(1, keepdims=True))
@@ -139,7 +139,7 @@ def test_batches_are_drawn_from_the_seed_and_the_last_may_be_smaller():
 
 def test_the_same_seed_makes_the_same_weights(folder, tmp_path):
     assert file_hashes(make(tmp_path / 'two')) == file_hashes(folder)
-    model, tokenizer = raw_text_encoder()
+    model, tokenizer, *_ = raw_text_encoder()
     head, _ = tune_text_encoder(model, tokenizer, tuning_words(), 1, seed=1)
     assert not torch.equal(head.weight, load_file(folder / 'emotion_head.safetensors')['weight'])
 
@@ -152,7 +152,7 @@ def test_evaluators_come_back_as_they_were_saved(folder, loaded):
     saved, texts = load_file(folder / 'evaluators.safetensors'), ['a funny dog', 'the tree in an ugly scene']
     features = run_frozen(clip.backbone, images, 'by hand', clip.backbone)
     np.testing.assert_allclose(clip.embed_images(images), features @ saved['image_projector.weight'].numpy().T, atol=1e-5)
-    raw = encode_texts(*raw_text_encoder(), texts)
+    raw = encode_texts(raw_text_encoder(), texts)
     np.testing.assert_allclose(clip.embed_texts(texts), raw @ saved['text_projector.weight'].numpy().T, atol=1e-5)
     assert clip.embed_images(images).shape == (N, 128) and clip.embed_texts(texts).shape == (2, 128) and not clip.training
     initial = run_frozen(load_backbone('tf_efficientnet_lite0'), images, 'initial', clip.backbone)
@@ -191,7 +191,7 @@ def test_sentiment_is_the_tuned_encoders_emotion_head(folder, loaded):
     sentiment, texts = loaded[2], ['feeling despair', 'so witty', 'feeling despair']
     assert isinstance(sentiment, SentimentEncoder)
     found, head = sentiment.embed_texts(texts), load_file(folder / 'emotion_head.safetensors')
-    logits = encode_texts(*load_text_encoder(folder / 'text_encoder'), texts) @ head['weight'].numpy().T + head['bias'].numpy()
+    logits = encode_texts(load_text_encoder(folder / 'text_encoder'), texts) @ head['weight'].numpy().T + head['bias'].numpy()
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert found.shape == (3, 8) and (found[0] == found[2]).all() and np.abs(found.sum(1) - 1).max() < 1e-5

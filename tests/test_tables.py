@@ -5,11 +5,14 @@ import pytest
 from PIL import Image
 from test_evaluate import make_benchmarks
 
-from pacl.evaluate import paired_difference, run_evaluate
+from pacl.datasets import Task, single
+from pacl.evaluate import run_evaluate
+from pacl.metrics import compare, score
 from pacl.partition import PARTITIONS
 from pacl.stages import write_stage
-from pacl.tables import (as_printed, differences, outcomes, pair_report, plot_embeddings, plot_pairs, reasons, result_table, run_tables,
-                         strong_pairs_seen, to_markdown)
+from pacl.tables import (Answers, answers, as_printed, columns_of, differences, neighbours, pair_report, plot_classes, plot_embeddings,
+                         plot_neighbours, plot_pairs, plot_ratings, reasons, recalls, result_table, run_tables, strong_pairs_seen,
+                         task_table, tasks_printed, to_markdown, zero_shot_table)
 
 OBJECTS, EMOTIONS = np.array(['cat', 'dog', 'car']), np.array(['awe', 'fear'])
 
@@ -51,35 +54,69 @@ def run(tmp_path_factory):
     return run
 
 
-def answers(shares, seeds=(0, 1, 2), n=200, task='emotion'):
+CLASSES = ('a', 'b', 'c', 'd')
+TASKS = {'new': {'label': single(CLASSES), 'object': Task('single-label', ('object',), (CLASSES,)),
+                 'levels': Task('hierarchical', ('level_1', 'level_2'), (('a', 'b'), CLASSES))},
+         'mixed': {'labels': Task('multi-label', ('up', 'left'), (('up', 'left'),)),
+                   'vad': Task('regression', ('valence', 'arousal'), ranges=((1, 9), (1, 9)))}}
+
+
+def made_up(shares, seeds=(0, 1, 2), n=200, task='label', protocol='linear'):
     "Predictions in which each method is right on this share of the pictures."
     rng, tables = np.random.default_rng(0), []
     for method, share in shares.items():
         for seed in seeds:
             right = np.where(rng.random(n) < .05, rng.random(n) < .5, np.arange(n) < share * n)
-            label = np.array(['a', 'b', 'c', 'd'])[np.arange(n) % 4]
+            label = np.array(CLASSES)[np.arange(n) % 4]
             tables.append(pd.DataFrame({
-                'method': method, 'partition': '' if method == 'initial' else 'evaluators', 'seed': seed,
-                'protocol': 'linear', 'dataset': 'new', 'task': task,
+                'method': method, 'partition': '' if method == 'initial' else 'evaluators', 'seed': str(seed),
+                'protocol': protocol, 'dataset': 'new', 'task': task, 'level': task,
                 'id': [f'{i:04}' for i in range(n)], 'label': label, 'prediction': np.where(right, label, 'x')}))
     return pd.concat(tables)
 
 
+def made_numbers(method, task, low, high, seeds=(0, 1), n=60):
+    "Predictions of a task with two columns of numbers, as text; `n` pictures."
+    rng, tables = np.random.default_rng(len(method)), []
+    truth = np.random.default_rng(0)
+    columns = {name: (truth.random(n) < .5).astype(int) if task == 'labels' else truth.uniform(low, high, n)
+               for name in TASKS['mixed'][task].columns}
+    for seed in seeds:
+        for level, y in columns.items():
+            tables.append(pd.DataFrame({
+                'method': method, 'partition': '', 'seed': str(seed), 'protocol': 'linear', 'dataset': 'mixed', 'task': task,
+                'level': level, 'id': [f'{i:04}' for i in range(n)], 'label': y, 'prediction': y + rng.normal(0, 1, n)}).astype(str))
+    return pd.concat(tables)
+
+
 def test_the_order_of_the_rows_does_not_matter():
-    table = answers({'initial': .3, 'pacl': .4})
-    mixed = outcomes(table.sample(frac=1, random_state=0))
-    for key, right in outcomes(table).items(): pd.testing.assert_frame_equal(right, mixed[key])
-    row = table.query('method == "pacl" and seed == 2 and id == "0007"').iloc[0]
-    assert mixed['PACL', 'emotion, new'].loc[2, '0007'] == (row['label'] == row['prediction'])
+    table = pd.concat([made_up({'initial': .3, 'pacl': .4}), made_numbers('pacl', 'vad', 1, 9)])
+    found, mixed = answers(table, TASKS), answers(table.sample(frac=1, random_state=0), TASKS)
+    assert {*found} == {*mixed} == {('initial', 'linear', 'new', 'label'), ('PACL', 'linear', 'new', 'label'),
+                                    ('PACL', 'linear', 'mixed', 'vad')}
+    for key, a in found.items():
+        for x, y in zip(a, mixed[key]): assert np.array_equal(x, y)
+    row = table.query('method == "pacl" and seed == "2" and id == "0007"').iloc[0]
+    a = mixed['PACL', 'linear', 'new', 'label']
+    assert a.said[2, 7, 0] == row['prediction'] and a.targets[7, 0] == row['label'] and a.seeds == ['0', '1', '2']
+    a = found['PACL', 'linear', 'mixed', 'vad']
+    row = table.query('task == "vad" and seed == "1" and id == "0003" and level == "arousal"').iloc[0]
+    assert a.said.shape == (2, 60, 2) and a.said[1, 3, 1] == float(row['prediction']) and a.targets[3, 1] == float(row['label'])
+
+
+def test_seeds_are_numbers_in_order():
+    assert answers(made_up({'pacl': .4}, seeds=(10, 9, 0)), TASKS)['PACL', 'linear', 'new', 'label'].seeds == ['0', '9', '10']
 
 
 def test_the_result_table():
-    predictions = pd.concat([answers({'initial': .3, 'pacl': .4, 'odd-method': .2}), answers({'initial': .8}, task='object')])
+    predictions = pd.concat([made_up({'initial': .3, 'pacl': .4, 'odd-method': .2}), made_up({'initial': .8}, task='object')])
     runs = pd.DataFrame({'method': 'pacl', 'partition': 'evaluators', 'seed': [0, 1], 'images_seen': [1000, 2000], 'steps': [10, 20]})
-    table = result_table(predictions, runs).set_index(['row', 'column'])
+    table = result_table(answers(predictions, TASKS), TASKS, runs).set_index(['row', 'column'])
     for method, row in (('initial', 'initial'), ('pacl', 'PACL'), ('odd-method', 'odd-method')):
-        group, found = predictions.query('method == @method and task == "emotion"'), table.loc[(row, 'emotion, new')]
-        assert np.isclose(found['mean'], (group['label'] == group['prediction']).mean()) and found['low'] < found['mean'] < found['high']
+        group, found = predictions.query('method == @method and task == "label"'), table.loc[(row, 'emotion, new')]
+        right = group['label'] == group['prediction']
+        assert np.isclose(found['mean'], right.mean()) and found['low'] < found['mean'] < found['high']
+        assert np.isclose(found['sd'], right.groupby(group['seed']).mean().std())
         assert (found['seeds'], found['n']) == (3, 200)
     assert (table.loc['chance']['mean'] == .25).all() and table.loc[('PACL', 'emotion, new'), 'images_seen'] == 1500
     printed = as_printed(table.reset_index())
@@ -92,22 +129,117 @@ def test_the_result_table():
     assert r'\toprule' in printed.to_latex(escape=True)
 
 
+def test_columns_are_the_tasks_with_one_label():
+    assert columns_of(TASKS) == {('linear', 'new', 'label'): 'emotion, new', ('linear', 'new', 'object'): 'object, new',
+                                 ('fine-tune', 'new', 'label'): 'emotion, new, fine-tuned',
+                                 ('fine-tune', 'new', 'object'): 'object, new, fine-tuned'}
+
+
 @pytest.mark.parametrize('pacl, plain, verdict', [
     (.6, .4, 'PACL is better than unpartitioned: +'), (.4, .6, 'PACL is worse than unpartitioned: -'),
     (.5, .5, 'no difference between PACL and unpartitioned can be claimed: ')])
 def test_the_sentence_follows_the_numbers(pacl, plain, verdict):
-    table = differences(answers({'unpartitioned': plain, 'pacl': pacl})).set_index(['a', 'b'])
+    table = differences(answers(made_up({'unpartitioned': plain, 'pacl': pacl}), TASKS), TASKS).set_index(['a', 'b'])
     found = table.loc[('PACL', 'unpartitioned')]
     assert verdict in found['sentence'] and f'[{100 * found["low"]:+.1f}, {100 * found["high"]:+.1f}]' in found['sentence']
     assert len(table) == 1 and ('no difference' in found['sentence']) == (found['low'] <= 0 <= found['high'])
+    assert len(found['mcnemar'].split()) == 3 and (max(map(float, found['mcnemar'].split())) < .05) == (pacl != plain)
 
 
 def test_differences_are_of_the_same_seeds_and_pictures():
-    predictions = pd.concat([answers({'strong': .5, 'pacl': .6}), answers({'initial': .3}, seeds=(0, 1))])
-    right, table = outcomes(predictions), differences(predictions).set_index(['a', 'b'])
+    predictions = pd.concat([made_up({'strong': .5, 'pacl': .6}), made_up({'initial': .3}, seeds=(0, 1))])
+    found = answers(predictions, TASKS)
+    table = differences(found, TASKS).set_index(['a', 'b'])
     assert set(table.index) == {('PACL', 'strong only'), ('PACL', 'initial')}
-    a, b = right['PACL', 'emotion, new'].loc[[0, 1]], right['initial', 'emotion, new']
-    assert tuple(table.loc[('PACL', 'initial'), ['difference', 'low', 'high']]) == paired_difference(a.to_numpy(), b.to_numpy())
+    a, b = found['PACL', 'linear', 'new', 'label'], found['initial', 'linear', 'new', 'label']
+    expected = compare('single-label', a.targets, a.said[:2], b.said, ['label']).iloc[0]
+    assert list(table.loc[('PACL', 'initial'), ['difference', 'low', 'high']]) == list(expected[['difference', 'low', 'high']])
+    other = made_up({'initial': .3}, seeds=(7,))
+    assert not len(differences(answers(pd.concat([made_up({'pacl': .6}), other]), TASKS), TASKS))
+
+
+# every kind of task
+
+def four_kinds():
+    parts = [made_up({'initial': .3, 'pacl': .4}), made_up({'initial': .6, 'pacl': .5}, protocol='fine-tune')]
+    for level in ('level_1', 'level_2'): parts.append(made_up({'initial': .3, 'pacl': .4}).assign(task='levels', level=level))
+    parts += [made_numbers(method, task, 1, 9) for method in ('initial', 'pacl') for task in ('labels', 'vad')]
+    return answers(pd.concat([*parts, made_up({'initial': .9, 'pacl': .9}, task='object')]), TASKS)
+
+
+def test_the_task_table_has_every_kind_and_no_control():
+    found = four_kinds()
+    table = task_table(found)
+    assert list(zip(table['dataset'], table['task'], table['protocol'], table['level'], table['metric'])) == [
+        ('new', 'label', 'linear', 'label', 'accuracy'), ('new', 'label', 'linear', 'label', 'weighted_f1'),
+        ('new', 'label', 'fine-tune', 'label', 'accuracy'), ('new', 'label', 'fine-tune', 'label', 'weighted_f1'),
+        *(('new', 'levels', 'linear', level, metric) for level in ('level_1', 'level_2') for metric in ('accuracy', 'weighted_f1')),
+        ('mixed', 'labels', 'linear', 'mean', 'average_precision'), ('mixed', 'labels', 'linear', 'mean', 'roc_auc'),
+        ('mixed', 'vad', 'linear', 'mean', 'mse'), ('mixed', 'vad', 'linear', 'mean', 'r2')]
+    for row in table.to_dict('records'):
+        a, b = (found[name, row['protocol'], row['dataset'], row['task']] for name in ('PACL', 'initial'))
+        for name, x in (('PACL', a), ('initial', b)):
+            q = score(x.task.kind, x.targets, x.said, list(x.task.columns)).set_index(['level', 'metric']).loc[row['level'], row['metric']]
+            assert [row[f'{name} {k}'] for k in ('value', 'sd', 'ci_low', 'ci_high')] == list(q[['value', 'sd', 'ci_low', 'ci_high']])
+        assert np.isclose(row['difference'], row['PACL value'] - row['initial value']) and row['low'] <= row['difference'] <= row['high']
+    assert not len(task_table({})) and not len(tasks_printed(task_table({})))
+
+
+def test_the_task_table_as_printed():
+    table = task_table(four_kinds())
+    printed = tasks_printed(table)
+    assert list(printed.columns) == ['protocol', 'metric', 'initial', 'PACL', 'PACL − initial']
+    assert list(dict.fromkeys(printed.index)) == ['new, label', 'new, level_1', 'new, level_2', 'mixed, labels', 'mixed, vad']
+    first, last = table.iloc[0], table.iloc[-1]
+    assert printed.iloc[0]['PACL'] == (f'{100 * first["PACL value"]:.1f} ± {100 * first["PACL sd"]:.1f} '
+                                       f'[{100 * first["PACL ci_low"]:.1f}, {100 * first["PACL ci_high"]:.1f}]')
+    assert printed.iloc[-1]['metric'] == 'R²' and printed.iloc[-1]['initial'].startswith(f'{last["initial value"]:.3f} ± ')
+    assert printed.iloc[-1]['PACL − initial'] == f'{last["difference"]:+.3f} [{last["low"]:+.3f}, {last["high"]:+.3f}]'
+    one = answers(made_up({'initial': .3, 'pacl': .4}, seeds=(0,)), TASKS)
+    assert '±' not in tasks_printed(task_table(one)).to_string()  # one seed does not scatter
+
+
+def test_the_zero_shot_table():
+    parts = [made_up({'pacl': share, 'strong': .2}, seeds=(0,), protocol=f'zero-shot {prompt}')
+             for prompt, share in (('1', .3), ('all', .5))]
+    found = answers(pd.concat([*parts, made_up({'pacl': .9})]), TASKS)
+    table = zero_shot_table(found)
+    assert list(table.index) == ['new, label, prompt 1', 'new, label, both prompts'] and list(table.columns) == ['PACL', 'strong only']
+    a = found['PACL', 'zero-shot 1', 'new', 'label']
+    assert table.loc['new, label, prompt 1', 'PACL'].startswith(f'{100 * (a.said[0] == a.targets).mean():.1f} [')
+    assert not len(zero_shot_table(answers(made_up({'pacl': .9}), TASKS)))
+
+
+def test_recalls_are_shares_of_each_class():
+    found = answers(made_up({'pacl': .4}), TASKS)['PACL', 'linear', 'new', 'label']
+    table = recalls(found).set_index('level')
+    assert list(table.index) == list(CLASSES)
+    for name, q in table.iterrows():
+        has = found.targets[:, 0] == name
+        assert np.isclose(q['value'], (found.said[:, has, 0] == name).mean()) and q['ci_low'] < q['value'] < q['ci_high']
+    absent = found._replace(task=single([*CLASSES, 'e']))
+    assert np.isnan(recalls(absent).iloc[-1]['value'])
+
+
+def test_neighbours_are_the_nearest_by_angle():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(12, 4)).astype(np.float32)
+    for i, row in enumerate(neighbours(x, 3)):
+        cosines = [-2 if j == i else x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j]) for j in range(12)]
+        assert list(row) == list(np.argsort(cosines)[::-1][:3])
+
+
+def test_figures_of_tasks_are_drawn():
+    found, kinds = answers(made_up({'initial': .3, 'pacl': .4}), TASKS), four_kinds()
+    fig = plot_classes({'recall': {name: recalls(found[name, 'linear', 'new', 'label']) for name in ('initial', 'PACL')}})
+    assert len(fig.axes[0].patches) == 8 and [t.get_text() for t in fig.axes[0].get_xticklabels()] == list(CLASSES)
+    fig = plot_ratings({name: kinds[name, 'linear', 'mixed', 'vad'] for name in ('initial', 'PACL')})
+    assert len(fig.axes) == 4 and len(fig.axes[0].collections[0].get_offsets()) == 60 and 'R²' in fig.axes[0].get_title()
+    rng, labels = np.random.default_rng(0), np.array(['a', 'b'] * 6)
+    same = np.eye(2)[np.arange(12) % 2] + rng.normal(0, .01, (12, 2))
+    fig = plot_neighbours(np.zeros((12, 4, 4, 3), np.uint8), {'emotion': labels}, {'all alike': same.astype(np.float32)}, shown=2, k=3)
+    assert len(fig.axes) == 2 + 6 and any('same emotion 100%' in part.get_suptitle() for part in fig.subfigs)
+    assert isinstance(kinds['PACL', 'linear', 'new', 'label'], Answers)
 
 
 # against the truth
@@ -159,14 +291,17 @@ def test_run_tables(run):
     out = run_tables(run)
     assert run_tables.stale(run) is None
     text = (out / 'results.md').read_text()
-    assert text.count('\n|') == 8 and 'mean over 2 seeds' in text
+    assert text.count('\n|') == 8 and 'eans over 2 seeds' in text
+    assert {path.stem for path in out.glob('*.md')} == {'results', 'table1', 'table3', 'differences', 'why'}
+    for name in ('table1', 'table3'): assert (out / f'{name}.md').read_text().count('\n|') > 3, name
     assert 'PACL' in (out / 'results.tex').read_text() and len((out / 'why.md').read_text().splitlines()) == 11
     compared = pd.read_csv(out / 'differences.csv')
     assert set(zip(compared['a'], compared['b'])) == {
         ('PACL', 'unpartitioned'), ('PACL', 'initial'), ('PACL, true partition', 'unpartitioned')}
     assert (out / 'differences.md').read_text() == ''.join(f'- {x}\n' for x in compared['sentence'])
     figures = {path.stem: np.asarray(Image.open(path).convert('L')) for path in (out / 'figures').iterdir()}
-    assert set(figures) == {'gap', 'gallery', 'confusion', 'embeddings', 'curves', 'pairs'} and all(x.std() > 5 for x in figures.values())
+    assert set(figures) == {'gap', 'gallery', 'confusion_new_label', 'classes', 'ratings_mixed_vad', 'embeddings', 'neighbours', 'curves',
+                            'pairs'} and all(x.std() > 5 for x in figures.values())
 
 
 def test_an_encoder_that_makes_all_pictures_alike_is_drawn():
