@@ -7,8 +7,11 @@ case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 
 usage() {
   cat <<'EOF'
-usage: ./reproduce.sh [PROFILE] [key=value ...] [--runs FOLDER]
+usage: ./reproduce.sh [PROFILE] [key=value ...] [--data ROOT] [--dry-run] [--runs FOLDER]
                              run a profile (demo) into runs/PROFILE; what is current is skipped
+       ./reproduce.sh tumemo --data ROOT --dry-run
+                             the paper's experiment, on four GPUs: run nothing, list what is missing
+                             and where to get it (exit code 2), and how long it takes; then without --dry-run
        ./reproduce.sh PROFILE --help
                              every profile, and every key with its meaning and range
        ./reproduce.sh setup  only make the environment (the others do so themselves)

@@ -122,7 +122,7 @@ def save_rows(
             array, {'descr': '|u1', 'fortran_order': False, 'shape': (int(keep.sum()), *images.shape[1:])})
         for at in range(0, len(keep), 1024): array.write(images[at:at + 1024][keep[at:at + 1024]].tobytes())
 
-@stage('data', reads=('world',), outside=user_folders)
+@stage('data', reads=lambda p: () if p['posts'] and p['benchmarks'] else ('world',), outside=user_folders)
 def run_data(
     run: Path,                      # the profile's folder: world/ is read, pictures/ is the cache
     out: Path,                      # given by @stage: NAME.csv, NAME.npy for each set, tasks.json, rejected.csv

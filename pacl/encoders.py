@@ -346,7 +346,8 @@ class VisualEncoder(nn.Module):
         from PIL import Image
         images = images if isinstance(images, (list, tuple)) else [images]
         opened = [upright_rgb(Image.open(image) if isinstance(image, (str, Path)) else image) for image in images]
-        return self.backbone(torch.stack([self.transform(image) for image in opened]))
+        device = next(self.backbone.parameters()).device
+        return self.backbone(torch.stack([self.transform(image) for image in opened]).to(device))
 
 def load(
     path: str | Path,     # a folder that `save_backbone` wrote, or the model.safetensors in it

@@ -153,7 +153,8 @@ def train_and_test(
 def named(task: Task | None, *splits) -> tuple:
     "Splits whose labels are names become tables; their task is to tell the names."
     if task: return task, *splits
-    return single(np.unique(np.concatenate([labels for _, labels in splits]))), *((x, pd.DataFrame({'label': labels})) for x, labels in splits)
+    names = np.unique(np.concatenate([labels for _, labels in splits]))
+    return single(names), *((x, pd.DataFrame({'label': labels})) for x, labels in splits)
 
 def linear_probe(
     train, val, test,           # each: features (N, D), and a table with the task's columns; without a task: (N,) names
@@ -284,7 +285,8 @@ def evaluate_frozen(
         task = load_tasks(run)[name][task_name]
         found, said = train_and_test(task, *splits, epochs=epochs, seeds=tuple(seed + k for k in seeds))
         for k, p in zip(seeds, said): add(dict(protocol='linear', task=task_name, seed=k), task, found[found['seed'] == seed + k], p)
-        if encoder['model'] and is_everywhere(encoder) and not {name, task_name} & CONTROLS and task.kind in ('single-label', 'hierarchical'):
+        if not encoder['model'] or not is_everywhere(encoder) or {name, task_name} & CONTROLS: continue
+        if task.kind in ('single-label', 'hierarchical'):
             towers = load_file(run / 'models' / encoder['model'] / 'projectors.safetensors')
             def embed(texts): return torch.stack([text_features[text] for text in texts]) @ towers['text_projector'].T
             found, said = zero_shot(torch.from_numpy(x[rows[2]]) @ towers['image_projector'].T, test, task, embed)

@@ -85,7 +85,8 @@ def metric_draws(
 def values(kind: str, targets: np.ndarray, outputs: np.ndarray) -> dict:
     "The same by scikit-learn, of the samples as they are: {(column, metric): float}."
     from sklearn import metrics
-    known = {'accuracy': metrics.accuracy_score, 'mse': metrics.mean_squared_error, 'r2': lambda y, p: metrics.r2_score(y, p) if np.ptp(y) else (y == p).all(),
+    known = {'accuracy': metrics.accuracy_score, 'mse': metrics.mean_squared_error,
+             'r2': lambda y, p: metrics.r2_score(y, p) if np.ptp(y) else (y == p).all(),  # rounding alone would decide it
              'weighted_f1': functools.partial(metrics.f1_score, average='weighted', zero_division=0),
              'average_precision': metrics.average_precision_score, 'roc_auc': metrics.roc_auc_score}
     found, names = {}, METRICS[kind][1]

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['ROOT', 'STAGES', 'WORDS', 'shown', 'notebook_parameters', 'outside', 'converted', 'read_profile', 'from_here',
-           'read_settings', 'locked', 'in_words', 'clock', 'watched', 'StageError', 'end_children', 'run_notebook',
-           'run_stages', 'help_text', 'main']
+           'with_data', 'read_settings', 'locked', 'in_words', 'clock', 'watched', 'StageError', 'end_children',
+           'run_notebook', 'preflight', 'run_stages', 'help_text', 'main']
 
 # %% ../nbs/10_pipeline.ipynb #10-003
 import argparse
@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -107,19 +108,32 @@ def from_here(value):  # FOLDER or NAME:FOLDER, else as it is
     return name + colon + os.path.abspath(path) if '/' in path and Path(path).exists() else value
 
 # %% ../nbs/10_pipeline.ipynb #10-018
+def with_data(
+    value,             # of a profile or the command line
+    data: str | None,  # what $DATA stands for; None: it stays
+):
+    if isinstance(value, list): return [with_data(v, data) for v in value]
+    return value.replace('$DATA', data) if data and isinstance(value, str) else value
+
+# %% ../nbs/10_pipeline.ipynb #10-019
 def read_settings(
-    profile: Path,    # data/profiles/NAME.yaml
-    given: list,      # 'key=value' of the command line, which wins over the profile
-    notebooks: dict,  # {notebook: its `notebook_parameters`}
-) -> dict:            # {notebook: {name: value}}, complete
+    profile: Path,            # data/profiles/NAME.yaml
+    given: list,              # 'key=value' of the command line, which wins over the profile
+    notebooks: dict,          # {notebook: its `notebook_parameters`}
+    stages: dict,             # {stage: notebook}, in order
+    data: str | None = None,  # what $DATA stands for
+) -> tuple[dict, dict]:       # {notebook: {name: value}}, complete; those of `stages` that the profile has
     "Raises InputError with every unknown name, wrong type and value out of range."
     asked, problems = read_profile(profile), []
     declared = {name: declaration for parameters in notebooks.values() for name, declaration in parameters.items()}
     for name, text in (item.split('=', 1) for item in given):
-        is_text = isinstance(declared.get(name, ('',))[0], str)
+        is_text = isinstance(declared.get(name, ('',))[0], str) and name != 'stages'
         try: value = text if is_text else yaml.safe_load(text)
         except yaml.YAMLError: value = text
         asked[name] = [from_here(v) for v in value] if isinstance(value, list) else from_here(value), 'command line'
+    listed, source = asked.pop('stages', (list(stages), ''))
+    if not isinstance(listed, list) or not listed: problems.append(f'{source}: stages is {json.dumps(listed)}, expected a list of stages')
+    else: problems += [f'{source}: unknown stage "{name}"; {nearest(str(name), stages)}' for name in listed if name not in stages]
     for name, (value, source) in asked.items():
         if name == 'run': problems.append(f'{source}: "run" is not for a profile to set; choose the folder with --runs FOLDER')
         elif name not in declared: problems.append(f'{source}: unknown parameter "{name}"; {nearest(name, declared)}')
@@ -127,12 +141,12 @@ def read_settings(
     for notebook, parameters in notebooks.items():
         for name in [n for n in parameters if n in asked]:
             value, source = asked[name]
-            try: settings[notebook][name] = converted(value, *parameters[name])
+            try: settings[notebook][name] = converted(with_data(value, data), *parameters[name])
             except ValueError as error: problems.append(f'{source}: {name} is {json.dumps(value, default=str)}, {error}')
     if problems: raise InputError('\n'.join(dict.fromkeys(problems)))
-    return settings
+    return settings, {stage: notebook for stage, notebook in stages.items() if stage in listed}
 
-# %% ../nbs/10_pipeline.ipynb #10-021
+# %% ../nbs/10_pipeline.ipynb #10-022
 @contextlib.contextmanager
 def locked(
     run: Path,  # runs/PROFILE, made if it is not there
@@ -152,7 +166,7 @@ def locked(
         lock.flush()
         yield
 
-# %% ../nbs/10_pipeline.ipynb #10-024
+# %% ../nbs/10_pipeline.ipynb #10-025
 def in_words(
     result: dict,  # of stage.json
 ) -> str:
@@ -161,7 +175,7 @@ def in_words(
 def clock(seconds: float) -> str:
     return f'{seconds:.1f} s' if seconds < 60 else f'{seconds // 60:.0f} min {seconds % 60:.0f} s'
 
-# %% ../nbs/10_pipeline.ipynb #10-026
+# %% ../nbs/10_pipeline.ipynb #10-027
 @contextlib.contextmanager
 def watched(
     head: str,       # what the line says already
@@ -186,11 +200,11 @@ def watched(
         if thread.ident: thread.join()
         progress.unlink(missing_ok=True)
 
-# %% ../nbs/10_pipeline.ipynb #10-028
+# %% ../nbs/10_pipeline.ipynb #10-029
 class StageError(Exception):
     "A stage did not end well; the message is all that a reader needs."
 
-# %% ../nbs/10_pipeline.ipynb #10-029
+# %% ../nbs/10_pipeline.ipynb #10-030
 def end_children(number, frame):
     "On Ctrl-C or an order to end: first what this process started, then itself."
     import psutil  # comes with ipykernel
@@ -199,7 +213,7 @@ def end_children(number, frame):
         with contextlib.suppress(psutil.NoSuchProcess): child.kill()
     raise KeyboardInterrupt(number)
 
-# %% ../nbs/10_pipeline.ipynb #10-030
+# %% ../nbs/10_pipeline.ipynb #10-031
 def run_notebook(
     notebook: Path,    # nbs/NAME.ipynb
     executed: Path,    # where the executed one goes
@@ -221,7 +235,18 @@ def run_notebook(
     else: return
     raise StageError(f'{shown(notebook)}{where}:\n{what}\nThe notebook as far as it came: {shown(executed)}')
 
-# %% ../nbs/10_pipeline.ipynb #10-032
+# %% ../nbs/10_pipeline.ipynb #10-033
+def preflight(
+    run: Path,       # runs/PROFILE
+    settings: dict,  # of `read_settings`
+    stages: dict,    # {stage: notebook}, in order
+) -> int:            # 0: all is there; 2: something is missing, and was printed
+    "`pacl.preflight` in a process of its own. Raises StageError where that itself fails."
+    code = subprocess.run([sys.executable, '-m', 'pacl.preflight', str(run)], input=json.dumps([settings, stages]), text=True).returncode
+    if code not in (0, 2): raise StageError(f'The preflight ended with code {code}, see above. Nothing was run.')
+    return code
+
+# %% ../nbs/10_pipeline.ipynb #10-035
 def run_stages(
     run: Path,        # runs/PROFILE
     settings: dict,   # of `read_settings`
@@ -251,55 +276,62 @@ def run_stages(
             raise
     return current
 
-# %% ../nbs/10_pipeline.ipynb #10-033
+# %% ../nbs/10_pipeline.ipynb #10-036
 def help_text(
     notebooks: dict,  # {notebook: its `notebook_parameters`}
     profiles: Path,   # the folder data/profiles/
 ) -> str:
     "An example, the profiles, and every key with its default, its meaning and its range."
-    lines = ['example:', '  ./reproduce.sh demo threshold=0.6', '', 'profiles:']
+    lines = ['examples:', '  ./reproduce.sh demo threshold=0.6', '  ./reproduce.sh tumemo --data ROOT --dry-run', '', 'profiles:']
     for path in sorted(profiles.glob('*.yaml')):  # its first line says what it is for
         lines.append(f'  {path.stem:10} {path.read_text(encoding="utf-8").partition(chr(10))[0].strip("# ")}')
     for notebook, parameters in notebooks.items():
         lines += ['', f'keys of {notebook}:'] + [f'  {f"{name}={default}":32} {comment}' for name, (default, comment) in parameters.items()]
-    return '\n'.join(lines)
+    return '\n'.join([*lines, '', 'key of the pipeline:', f'  {"stages=[data, …]":32} of a profile; without it all of them'])
 
-# %% ../nbs/10_pipeline.ipynb #10-034
+# %% ../nbs/10_pipeline.ipynb #10-037
 def main(
     arguments=None,                   # of the command line
     stages=STAGES,                    # {stage: notebook}
     notebooks=ROOT / 'nbs',           # their folder
     profiles=ROOT / 'data/profiles',  # the profiles' folder
 ) -> int:                             # exit code: 0, 1 a stage failed, 2 bad input, 130 Ctrl-C
-    "`python -m pacl.pipeline [PROFILE] [key=value …] [--runs FOLDER]`"
+    "`python -m pacl.pipeline [PROFILE] [key=value …] [--data ROOT] [--dry-run] [--runs FOLDER]`"
     start = time.time()
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, end_children)
     os.environ['PYTHONPATH'] = f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'  # kernels find this package, installed or not
     try:
         declared = {notebook: notebook_parameters(notebooks / f'{notebook}.ipynb') for notebook in stages.values()}
         parser = argparse.ArgumentParser(
-            usage='./reproduce.sh [PROFILE] [key=value …] [--runs FOLDER]', formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage='./reproduce.sh [PROFILE] [key=value …] [--data ROOT] [--dry-run] [--runs FOLDER]',
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             description='Runs the notebooks of a profile; what is current is skipped.', epilog=help_text(declared, profiles))
         parser.add_argument('given', nargs='*', metavar='PROFILE, key=value', help='what to run (demo), and what it shall do differently')
         parser.add_argument('--runs', type=Path, default=ROOT / 'runs', metavar='FOLDER', help='where results go (%(default)s)')
-        args = parser.parse_args(arguments)
+        parser.add_argument('--data', metavar='ROOT', help='the folder that $DATA stands for in a profile')
+        parser.add_argument('--dry-run', action='store_true', help='run nothing: show what is missing, and how long it takes')
+        args = parser.parse_intermixed_args(arguments)
         named, given = ([item for item in args.given if ('=' in item) == wanted] for wanted in (False, True))
         if len(named) > 1: raise InputError(f'one profile at a time, not {", ".join(named)}; a key is given as key=value')
         profile = (named or ['demo'])[0]
-        settings = read_settings(profiles / f'{profile}.yaml', given, declared)
+        data = args.data and os.path.abspath(os.path.expanduser(args.data))
+        settings, chosen = read_settings(profiles / f'{profile}.yaml', given, declared, stages, data)
         run = args.runs.absolute() / profile
-        with locked(run): current = run_stages(run, settings, stages, notebooks)
+        if args.dry_run or 'world' in set(stages) - set(chosen) or '$DATA' in json.dumps(settings):
+            code = preflight(run, settings, chosen)
+            if code or args.dry_run: return code
+        with locked(run): current = run_stages(run, settings, chosen, notebooks)
     except (InputError, StageError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as stop:
         print('Stopped. Finished stages are kept: the same command goes on from there.', file=sys.stderr)
         return 128 + (stop.args or [signal.SIGINT])[0]
-    if current: print(f'{current} of {len(stages)} stages were current: parameters, inputs, code and files as in stage.json.')
+    if current: print(f'{current} of {len(chosen)} stages were current: parameters, inputs, code and files as in stage.json.')
     print(f'{clock(time.time() - start)} in all. Stages, executed notebooks, tables and figures: {shown(run)}')
     for path in sorted((run / 'tables').rglob('*')):
         if path.is_file() and path.name != 'stage.json': print(f'  {shown(path)}')
     return 0
 
-# %% ../nbs/10_pipeline.ipynb #10-035
+# %% ../nbs/10_pipeline.ipynb #10-038
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook

@@ -119,11 +119,11 @@ def file_hashes(
 
 # %% ../nbs/11_stages.ipynb #11-017
 def listing(
-    folder: Path,  # of the user's
+    folder: Path,  # of the user's, or one file
 ) -> dict:         # {relative path: (bytes, nanoseconds)} of all it holds; links are followed, hidden files left out
     "What would be read, without reading it."
     found, seen = {}, set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True) if folder.is_dir() else [(folder.parent, [], [folder.name])]:
         if (real := os.path.realpath(place)) in seen: folders.clear(); continue  # a link that goes round in circles
         seen.add(real)
         for path in [os.path.join(place, name) for name in names if not name.startswith('.')]:

@@ -1,5 +1,7 @@
 "The three files that name the dependencies name the same ones; nbdev leaves the package's front door alone."
 import configparser
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pacl
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+PUBLIC = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['mypy']['files']
 
 
 def test_dependencies_are_the_same_in_all_three_files():
@@ -20,6 +23,7 @@ def test_dependencies_are_the_same_in_all_three_files():
     assert ini['requirements'].split() == PROJECT['dependencies']
     assert ini['demo_requirements'].split() == extras['demo']
     assert ini['dev_requirements'].split() == extras['dev']
+    assert ini['onnx_requirements'].split() == extras['onnx'] == extras['dev'][-len(extras['onnx']):]  # tests export too
     conda = yaml.safe_load((ROOT / 'environment.yml').read_text())['dependencies']
     assert conda[-1]['pip'] == PROJECT['dependencies'] + extras['demo'] + extras['dev']
     assert f'>={ini["min_python"]}' == PROJECT['requires-python'] and f'python={ini["min_python"]}' in conda
@@ -30,6 +34,20 @@ def test_nbdev_clean_keeps_the_parameters_tag():
     settings = configparser.ConfigParser()
     settings.read(ROOT / 'settings.ini')
     assert 'tags' in settings['DEFAULT']['allowed_cell_metadata_keys'].split()
+
+
+def test_what_users_call_is_typed(tmp_path):
+    (tmp_path / 'user.py').write_text('''from typing import Any
+import pacl
+answers: list[dict[str, Any]] = pacl.load('model').predict(['cat.jpg'])
+names: list[str] = pacl.features('photos', 'model').images
+pacl.features(3, 'model')  # type: ignore[arg-type]
+pacl.export('model', 'out', onnnx=True)  # type: ignore[call-arg]
+reveal_type(pacl.enhance('posts', 'out'))
+''')
+    command = [sys.executable, '-m', 'mypy', '--warn-unused-ignores', *PUBLIC, str(tmp_path / 'user.py')]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0 and 'Revealed type is "pacl.package.EmotionEncoder"' in said.stdout, said.stdout + said.stderr
 
 
 def test_unknown_attribute_of_the_package():

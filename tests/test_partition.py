@@ -1,5 +1,8 @@
 "pacl.partition: Eqs. 1 and 2, the four partitions, and their quality against a naive count."
 import json
+import multiprocessing
+import os
+import signal
 import sys
 import types
 
@@ -11,10 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_data import COLOURS, make_world
 
-from pacl.data import in_post_order, read_table, run_data
+from pacl import evaluators, partition
+from pacl.data import in_post_order, load_set, run_data
+from pacl.datasets import read_table
 from pacl.partition import (PARTITIONS, POOLS, SCALES, anp_cosines, assign_partition, clip_score, emotion_score,
                             partition_quality, plot_gallery, plot_partition, plot_thresholds, read_partition, rescale, run_partition,
-                            score_pairs, suggest_threshold, threshold_sweep)
+                            score_pairs, score_posts, suggest_threshold, threshold_sweep, user_paths)
 from pacl.stages import InputError, read_record, write_stage
 
 unit = st.sampled_from([0., 0.5, 0.7, 1.]) | st.floats(0, 1)
@@ -339,6 +344,106 @@ def test_run_partition(run):
     assert sum(read_record(out)['result'][name] for name in PARTITIONS) == 59
     full = pd.read_csv(out / 'truth.csv', dtype={'id': str})
     assert list(full['id']) == list(table['id']) and {'object', 'emotion', 'text_object', 'text_emotion'} <= set(full)
+
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_the_demos_evaluators_see_all_posts_at_once(run, monkeypatch, scale):
+    "Features change in the seventh digit with the batch that they are in: the demo's file must not depend on shards."
+    monkeypatch.setattr(partition, 'SHARD', 8)
+    posts, images = load_set(run, 'posts')
+    table = pd.concat([posts[['id']], score_pairs(images, posts['text'], Clip(), Evaluators(), Sentiment(), scale).round(6)], axis=1)
+    table['partition'] = assign_partition(table['factual'], table['emotional'], .53)
+    sizes = []
+    monkeypatch.setattr(Clip, 'embed_images', lambda self, images: sizes.append(len(images)) or Evaluators.embed_images(self, images))
+    out = run_partition(run, threshold=.53, scale=scale)
+    assert (out / 'partition.csv').read_text() == table.to_csv(index=False) and sizes == [59]
+
+
+# evaluators by name, in shards
+
+NAMES = dict(factual='open_clip:a/b', phrases='clip-anp:list', sentences='bert')
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    "Shards of 8 posts; says which sizes the evaluators were asked for."
+    monkeypatch.setattr(partition, 'SHARD', 8)
+    monkeypatch.setattr(evaluators, 'load_evaluators', lambda run, factual, phrases, sentences: (Clip(), Evaluators(), Sentiment()))
+    sizes = []
+    embed = Clip.embed_texts
+    monkeypatch.setattr(Clip, 'embed_texts', lambda self, texts: sizes.append(len(texts)) or embed(self, texts))
+    return sizes
+
+
+def test_shards_give_what_the_whole_gives(run, asked):
+    whole = (run_partition(run, threshold=.7) / 'partition.csv').read_bytes()
+    asked.clear()
+    out = run_partition(run, threshold=.7, **NAMES)
+    assert asked == [8] * 7 + [3] and (out / 'partition.csv').read_bytes() == whole and not (run / '.partition-parts').exists()
+    assert list(read_record(out)['inputs']) == ['data']  # no stand-ins are read
+    assert list(read_record(run_partition(run, **NAMES | {'sentences': 'standins'}))['inputs']) == ['data', 'standins']
+
+
+def in_shard(n, asked, how):  # in the n-th call, counted from 0
+    def embed(self, texts, embed=Clip.embed_texts):
+        return how() if len(asked) == n else embed(self, texts)
+    return embed
+
+
+def test_a_killed_run_goes_on(run, asked, monkeypatch):
+    def killed():
+        monkeypatch.setattr(Clip, 'embed_texts', in_shard(3, asked, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+        run_partition(run, scale='minmax', **NAMES)
+    process = multiprocessing.get_context('fork').Process(target=killed)
+    process.start(); process.join()
+    assert process.exitcode == -signal.SIGKILL and len(list(run.glob('.partition-parts/*/*.npy'))) == 3
+    next(run.glob('.partition-parts/*')).joinpath('000000024.0').write_bytes(b'half')  # what a kill in the middle of writing leaves
+    out = run_partition(run, scale='rank', **NAMES)  # scale and threshold come later
+    assert asked == [8] * 4 + [3]
+    again = (out / 'partition.csv').read_bytes()
+    run_partition(run, scale='minmax', **NAMES)
+    assert len(asked) == 5 + 8 and (run_partition(run, scale='rank', **NAMES) / 'partition.csv').read_bytes() == again
+
+
+@pytest.mark.parametrize('changed', [{'factual': 'open_clip:a/c'}, {'phrases': 'clip-anp:x'}, {'sentences': 'roberta'}, {'pool': 'max'}])
+def test_other_evaluators_do_not_go_on_with_these_shards(run, asked, changed):
+    score_posts(run, **NAMES, rank=0, ranks=8)
+    score_posts(run, **NAMES, rank=0, ranks=8)
+    assert asked == [8]
+    score_posts(run, **NAMES | changed, rank=0, ranks=8)
+    assert asked == [8, 8]
+
+
+def test_an_error_says_which_posts(run, asked, monkeypatch):
+    monkeypatch.setattr(Clip, 'embed_texts', in_shard(2, asked, lambda: np.full((8, 3), np.nan)))
+    with pytest.raises(ValueError, match=r'posts from row 16 \(counted from 0\) on: row 0 .*not finite'): run_partition(run, **NAMES)
+
+
+def test_processes_share_the_shards(run, asked):
+    given = [(run, *NAMES.values(), 'sentence', rank, 2) for rank in range(2)]
+    processes = [multiprocessing.get_context('fork').Process(target=score_posts, args=args) for args in given]
+    for process in processes: process.start()
+    for process in processes: process.join()
+    assert [process.exitcode for process in processes] == [0, 0] and len(list(run.glob('.partition-parts/*/*.npy'))) == 8
+    run_partition(run, **NAMES)
+    assert not asked  # in this process nothing was left to do
+
+
+def test_ranks_take_turns(run, asked):
+    for rank in range(3): score_posts(run, **NAMES, rank=rank, ranks=3)
+    assert asked == [8, 8, 8] + [8, 8, 3] + [8, 8]
+    found = [np.load(path) for path in score_posts(run, **NAMES)]
+    posts, images = load_set(run, 'posts')
+    np.testing.assert_array_equal(np.concatenate(found), partition.score_cosines(images, posts['text'], Clip(), Evaluators(), Sentiment()))
+
+
+def test_paths_of_the_user_are_watched(tmp_path):
+    for name in ('anps.txt', 'clip.pt'): (tmp_path / name).touch()
+    (tmp_path / 'bert').mkdir()
+    given = dict(factual=f'open_clip:ViT-B-32/{tmp_path}/clip.pt', phrases=f'clip-anp:{tmp_path}/anps.txt', sentences=f'{tmp_path}/bert')
+    assert user_paths(given) == [tmp_path / name for name in ('clip.pt', 'anps.txt', 'bert')]
+    assert user_paths(given | {'factual': f'open_clip:{tmp_path}'})[0] == tmp_path
+    assert user_paths(NAMES | {'factual': 'open_clip:ViT-B-32/openai', 'sentences': 'vinai/bertweet-base'}) == []
 
 
 def test_truth_does_not_influence_the_partition(run):

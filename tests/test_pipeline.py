@@ -151,11 +151,12 @@ def test_bad_input_stops_before_any_work(mini, capsys, arguments, message):
     ('n: 4\nkind: [even\nscale: 2\n', r'profiles/demo.yaml, line 3: .*expected one "name: value" a line'),
     ('n: 4\n\tkind: even\n', r'profiles/demo.yaml, line 2: '),
     ('- n\n- 4\n', r'profiles/demo.yaml, line 1: expected one "name: value" a line'),
+    ('n: !!python/object/apply:os.system ["touch harm"]\n', r'profiles/demo.yaml, line 1: could not determine a constructor'),
 ])
 def test_bad_profile(mini, capsys, profile, message):
     Path('profiles/demo.yaml').write_text(profile)
     assert mini() == 2
-    assert re.search(message, capsys.readouterr().err) and not Path('runs').exists()
+    assert re.search(message, capsys.readouterr().err) and not Path('runs').exists() and not Path('harm').exists()
 
 
 def test_all_problems_at_once(mini, capsys):
@@ -190,6 +191,57 @@ def test_ranges_at_their_ends():
     assert ends('≤ 5', 5, 6) == [True, False] and ends('< 5', 4, 5) == [True, False]
     assert ends('cosine | rank', 'rank', 'cosine | rank', '') == [True, False, False]
     assert ends('E of Eqs. 15–17 [three parts] of a step', -7) == [True]
+
+
+def test_a_profile_may_have_some_of_the_stages(quick, capsys):
+    Path('profiles/demo.yaml').write_text('stages: [total, numbers]\nn: 4\n')
+    assert quick('stages=[numbers]') == 0 and not Path('runs/demo/total').exists()
+    assert quick() == 0 and quick() == 0
+    assert capsys.readouterr().out.splitlines()[-2].startswith('2 of 2 stages were current')
+
+
+@pytest.mark.parametrize('stages, message', [
+    ('[numbers, totl]', 'unknown stage "totl"; nearest valid: total'), ('numbers', 'stages is "numbers", expected a list of stages'),
+    ('[]', r'stages is \[\], expected'), ('[1]', 'unknown stage "1"; valid: numbers, total'), ('', 'stages is (null|""), expected')])
+def test_stages_that_do_not_exist(mini, capsys, stages, message):
+    assert mini(f'stages={stages}') == 2
+    assert re.search(f'command line: {message}', capsys.readouterr().err)
+    Path('profiles/demo.yaml').write_text(f'n: 4\nstages: {stages}\n')
+    assert mini() == 2
+    assert re.search(f'profiles/demo.yaml, line 2: {message}', capsys.readouterr().err) and not Path('runs').exists()
+
+
+def test_data_stands_for_a_folder(quick, capsys, monkeypatch):
+    Path('profiles/demo.yaml').write_text('folder: set:$DATA/A\n')
+    def folder(): return json.loads(Path('runs/demo/total/stage.json').read_text())['parameters']['folder']
+    assert quick('--data', 'some where', 'n=5') == 0  # options may stand before keys
+    assert folder() == f'set:{Path.cwd()}/some where/A'
+    assert quick('--data', '~/x', 'folder=$DATA') == 0 and folder() == os.path.expanduser('~/x')
+    asked = []
+    monkeypatch.setattr(pipeline, 'preflight', lambda run, settings, stages: asked.append(settings) or 2)
+    assert quick() == 2 and asked[0]['b_total']['folder'] == 'set:$DATA/A'  # it says that --data is wanting
+
+
+def test_what_is_looked_at_before_a_run(quick, monkeypatch):
+    looked = []
+    def preflight(run, settings, stages):
+        looked.append(list(stages))
+        return code
+    monkeypatch.setattr(pipeline, 'preflight', preflight)
+    code = 0
+    assert quick('--dry-run') == 0 and looked.pop() == ['numbers', 'total'] and not Path('runs').exists()
+    monkeypatch.setitem(STAGES, 'world', 'a_numbers')
+    assert quick('stages=[numbers]') == 0 and looked.pop() == ['numbers'] and Path('runs/demo/numbers').exists()
+    code = 2
+    assert quick('stages=[total]') == 2 and not Path('runs/demo/total').exists()
+    code, looked[:] = 0, []
+    monkeypatch.delitem(STAGES, 'world')
+    assert quick() == 0 and not looked  # the demo's way: nothing of the user's is read
+
+
+def test_a_preflight_that_fails_is_no_yes(quick, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline.subprocess, 'run', lambda *_, **__: subprocess.CompletedProcess([], 1))
+    assert quick('--dry-run') == 1 and 'Nothing was run' in capsys.readouterr().err
 
 
 def test_two_runs_in_one_folder(quick, capsys):
@@ -252,6 +304,7 @@ def test_help_names_profiles_and_keys(mini, capsys):
     with pytest.raises(SystemExit, match='0'): mini('--help')
     text = capsys.readouterr().out
     assert './reproduce.sh demo threshold=0.6' in text and 'demo       the two miniatures' in text
+    assert 'tumemo --data ROOT --dry-run' in text and 'stages=[data, …]' in text
     assert re.search(r'keys of b_total:\n  scale=1.0 +of the total, \(0, 10\]', text)
 
 

@@ -62,6 +62,7 @@ def test_help_needs_no_python(clone):
     for flag in ('--help', '-h'):
         run = clone.run(flag)
         assert run.returncode == 0 and 'reproduce.sh test' in run.stdout and 'PACL_ENV=active' in run.stdout
+        assert 'tumemo --data ROOT --dry-run' in run.stdout
 
 
 def test_first_run_sets_up_and_the_second_does_not(clone):
@@ -103,10 +104,17 @@ def test_an_interrupted_set_up_starts_again(clone):
     assert clone.run('setup').returncode == 0 and clone.asked('pip install')
 
 
-@pytest.mark.parametrize('arguments', [('demo', 'threshold=0.6', 'text=two words'), ('smoke',), ('demo', '--help'), ('--runs', '/x y')])
+@pytest.mark.parametrize('arguments', [('demo', 'threshold=0.6', 'text=two words'), ('smoke',), ('demo', '--help'), ('--runs', '/x y'),
+                                       ('tumemo', '--data', '/my data', 'backbone=vit_base', '--dry-run')])
 def test_arguments_reach_the_pipeline(clone, arguments):
     assert clone.run(*arguments).returncode == 0
     assert clone.asked('pacl.pipeline') == [' '.join(('-m pacl.pipeline', *arguments))]
+
+
+@pytest.mark.parametrize('profile, offline', [('demo', '1'), ('smoke', '1'), ('seed=1', '1'), ('tumemo', ''), ('own', '')])
+def test_only_what_needs_no_network_goes_without(clone, profile, offline):
+    clone.tool('python3', PYTHON.replace('pwd;', 'echo "offline $HF_HUB_OFFLINE";'))
+    assert clone.run(profile).stdout.splitlines()[-1] == f'offline {offline}'
 
 
 def test_exit_code_of_the_pipeline(clone):

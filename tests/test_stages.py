@@ -257,5 +257,6 @@ def test_a_folder_of_the_users_is_looked_at(tmp_path):
     assert sorted(listing(own)) == ['images/a.jpg', 'split.csv']
     (own / 'images/.hidden').touch()
     assert run_read.stale(tmp_path / 'run', folders=folders) is None
+    assert list(listing(own / 'split.csv').values()) == [listing(own)['split.csv']] and listing(own / 'nothing') == {}
     (own / 'images/b.jpg').touch()
     assert run_read.stale(tmp_path / 'run', folders=folders) == f'{own} changed'

