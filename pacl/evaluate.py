@@ -41,7 +41,7 @@ def head_input(
 def extract(
     inputs,                       # as for `head_input`
     backbone: nn.Module | None,   # in evaluation mode
-    batch_size: int = 256,
+    batch_size: int = 64,         # on a CPU larger ones are slower
 ) -> Tensor:                      # (N, D) float32
     "The features of all rows."
     return torch.cat([head_input(inputs, slice(i, i + batch_size), backbone) for i in range(0, len(inputs), batch_size)])
@@ -184,7 +184,7 @@ ADJECTIVES = dict(
     zest='zestful')
 
 def class_prompts(task: Task, prompt: str) -> list[str]:
-    return [prompt.format(ADJECTIVES.get(name, name)) for names in task.classes for name in names]
+    return [prompt.format(ADJECTIVES.get(name.lower(), name)) for names in task.classes for name in names]
 
 def zero_shot(
     images: Tensor,            # (n, D) v
