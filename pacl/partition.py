@@ -22,7 +22,7 @@ import pandas as pd
 
 from .data import in_post_order, load_set
 from .datasets import numbers, one_of, read_table
-from .stages import InputError, code_hashes, digest, file_hashes, listing, progress, read_record, stage
+from .stages import InputError, code_hashes, digest, file_hashes, in_shards, listing, read_record, stage
 
 PARTITIONS = ('strong', 'emotional', 'factual', 'weak')
 SCALES = ('clipscore', 'cosine', 'minmax', 'rank')
@@ -326,18 +326,16 @@ def score_posts(
     asked = dict(factual=factual, phrases=phrases, sentences=sentences)
     inputs = [digest(file_hashes(run / name)) for name in needed(asked)] + [digest(listing(path)) for path in user_paths(asked)]
     parts = run / '.partition-parts' / digest([inputs, code_hashes('pacl.partition'), asked, pool])
-    parts.mkdir(parents=True, exist_ok=True)
     posts, images = load_set(run, 'posts')
-    size = max(len(posts), 1) if set(asked.values()) == {'standins'} else SHARD
-    shards = [(start, parts / f'{start:09}.npy') for start in range(0, len(posts), size)]
-    left = [(start, path) for start, path in shards[rank::ranks] if not path.exists()]
-    evaluators = load_evaluators(run, **asked) if left else None
-    for start, path in progress(left, 'pairs', len(shards[rank::ranks]), len(shards[rank::ranks]) - len(left)):
-        try: cosines = score_cosines(images[start:start + size], posts['text'][start:start + size], *evaluators, pool)
-        except ValueError as error: raise ValueError(f'posts from row {start} (counted from 0) on: {error}') from error
-        with open(path.with_suffix(f'.{rank}'), 'wb') as file: np.save(file, cosines)
-        path.with_suffix(f'.{rank}').rename(path)  # whole or not there
-    return [path for _, path in shards]
+
+    def begin():
+        evaluators = load_evaluators(run, **asked)
+        def compute(start, stop):
+            try: return score_cosines(images[start:stop], posts['text'][start:stop], *evaluators, pool)
+            except ValueError as error: raise ValueError(f'posts from row {start} (counted from 0) on: {error}') from error
+        return compute
+    size = len(posts) if set(asked.values()) == {'standins'} else SHARD
+    return in_shards(parts, len(posts), size, begin, 'pairs', rank, ranks)
 
 # %% ../nbs/03_partition.ipynb #03-043
 @stage('partition', reads=needed, outside=user_paths)

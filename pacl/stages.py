@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'InputError', 'nearest', 'disk_errors', 'left_beside', 'read_record', 'write_stage', 'hash_file',
            'file_hashes', 'listing', 'digest', 'syntax_tree', 'code_hashes', 'why_stale', 'surroundings', 'stage',
-           'progress']
+           'in_shards', 'progress']
 
 # %% ../nbs/11_stages.ipynb #11-003
 import ast
@@ -238,6 +238,30 @@ def stage(
     return decorate
 
 # %% ../nbs/11_stages.ipynb #11-030
+def in_shards(
+    folder: Path,   # made if it is not there
+    n: int,         # rows
+    size: int,      # of a shard, rows
+    begin,          # () → function of (start, stop) → array (stop − start, …). Called only where something is left to do
+    desc: str,      # for the progress bar
+    rank: int = 0,  # does every `ranks`-th shard from here on
+    ranks: int = 1,
+) -> list[Path]:    # the files of all shards in order, .npy; those of other ranks may not be there yet
+    "Computes what is not there yet."
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [(start, folder / f'{start:09}.npy') for start in range(0, n, max(size, 1))]
+    mine = shards[rank::ranks]
+    left = [(start, path) for start, path in mine if not path.exists()]
+    compute = begin() if left else None
+    for start, path in progress(left, desc, len(mine), len(mine) - len(left)):
+        part = path.with_suffix(f'.{rank}')
+        with open(part, 'wb') as file: np.save(file, compute(start, min(start + size, n)))
+        part.rename(path)
+    return [path for _, path in shards]
+
+# %% ../nbs/11_stages.ipynb #11-032
 def progress(
     iterable,     # what is looped over
     desc: str,    # a word or two before the bar

@@ -1,5 +1,8 @@
 "pacl.encoders: two halves that make the whole, features as the libraries themselves give them, files that say what is wrong with them."
 import json
+import os
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -14,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pacl
-from pacl.encoders import (augment, encode_texts, id_keys, load_backbone, load_text_encoder, run_features, run_frozen, save_backbone,
-                           save_file, split_backbone, to_input)
+from pacl import encoders
+from pacl.encoders import (augment, encode_texts, feature_shards, id_keys, load_backbone, load_text_encoder, run_features, run_frozen,
+                           save_backbone, save_file, split_backbone, to_input)
 from pacl.stages import InputError, read_record, write_stage
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
@@ -269,3 +273,35 @@ def test_run_features(backbone, minilm, tmp_path, trainable_stages):
     before = read_record(out)['outputs']
     assert json.dumps(read_record(run_features(tmp_path, trainable_stages=2, views=3, seed=1))['outputs']) != json.dumps(before)
     assert read_record(run_features(tmp_path, trainable_stages=2, views=3))['outputs'] == before  # bit for bit
+
+
+def test_features_come_in_shards_that_stay_and_are_shared(backbone, tmp_path, monkeypatch):
+    texts = ['one', 'two', 'one', 'three', 'four']
+    with write_stage(tmp_path / 'data', {'stage': 'data', 'parameters': {}}) as data:
+        pd.DataFrame({'id': list('abcde'), 'image': 'x.png', 'text': texts}).to_csv(data / 'posts.csv', index=False)
+        np.save(data / 'posts.npy', PICTURES)
+        (data / 'tasks.json').write_text('{}')
+    given = dict(backbone='tf_efficientnet_lite0', text_encoder=str(get_model_path()))
+    monkeypatch.setattr(encoders, 'SHARD', 2)
+    done, compute = [], encoders.run_frozen
+    monkeypatch.setattr(encoders, 'run_frozen', lambda model, images, *more: done.append(len(images)) or compute(model, images, *more))
+    first = feature_shards(tmp_path, **given, rank=1, ranks=2)  # of three shards the second
+    assert [path.exists() for path in first['image']] == [False, True, False] and done == [2]
+    out = run_features(tmp_path, **given, trainable_stages=0)   # the stage does the rest, and gathers
+    assert done == [2, 2, 1] and not (tmp_path / '.features-parts').exists()
+    np.testing.assert_allclose(np.load(out / 'image.npy'), compute(backbone, PICTURES, 'all', backbone), atol=1e-5)
+    np.testing.assert_allclose(np.load(out / 'text.npy'), encode_texts(load_text_encoder(given['text_encoder']), texts), atol=1e-5)
+    feature_shards(tmp_path, **given)
+    monkeypatch.setattr(encoders, 'SHARD', 3)
+    other, again = (feature_shards(tmp_path, **given | more)['text'][0].parents[1] for more in ({'max_length': 5}, {}))
+    assert other != again
+
+
+def test_torchruns_share_of_the_features(tmp_path):
+    with write_stage(tmp_path / 'data', {'stage': 'data', 'parameters': {}}) as data:
+        pd.DataFrame({'id': list('abcde'), 'image': 'x.png', 'text': 'word'}).to_csv(data / 'posts.csv', index=False)
+        np.save(data / 'posts.npy', PICTURES)
+    command = [sys.executable, '-m', 'pacl.encoders', tmp_path, '--backbone', 'tf_efficientnet_lite0', '--text_encoder', get_model_path()]
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path), 'RANK': '0', 'WORLD_SIZE': '4'}
+    subprocess.run([*map(str, command)], check=True, env=environment)
+    assert sorted(p.parent.name for p in tmp_path.glob('.features-parts/*/*/*.npy')) == ['image', 'text']

@@ -8,10 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pacl import stages
-from pacl.stages import InputError, listing, progress, stage, why_stale
+from pacl.stages import InputError, in_shards, listing, progress, stage, why_stale
 
 TOY = '''
 from pathlib import Path
@@ -260,3 +261,20 @@ def test_a_folder_of_the_users_is_looked_at(tmp_path):
     assert list(listing(own / 'split.csv').values()) == [listing(own)['split.csv']] and listing(own / 'nothing') == {}
     (own / 'images/b.jpg').touch()
     assert run_read.stale(tmp_path / 'run', folders=folders) == f'{own} changed'
+
+
+def test_shards_stay_after_a_kill_and_are_shared(tmp_path):
+    done = []
+    def begin():
+        def compute(start, stop):
+            done.append((start, stop))
+            if len(done) == 2: raise KeyboardInterrupt  # as good as a kill: before the second file has its name
+            return np.arange(start, stop)[:, None]
+        return compute
+    with pytest.raises(KeyboardInterrupt): in_shards(tmp_path, 7, 3, begin, 'rows')
+    assert [p.name for p in sorted(tmp_path.glob('*.npy'))] == ['000000000.npy']
+    files = in_shards(tmp_path, 7, 3, begin, 'rows')
+    assert done == [(0, 3), (3, 6), (3, 6), (6, 7)] and np.concatenate([np.load(f) for f in files])[:, 0].tolist() == [*range(7)]
+    in_shards(tmp_path, 7, 3, None, 'rows')  # nothing left: nothing is begun
+    for rank in (1, 0): in_shards(tmp_path / 'two', 7, 3, begin, 'rows', rank, 2)
+    assert done[4:] == [(3, 6), (0, 3), (6, 7)] and in_shards(tmp_path / 'none', 0, 3, None, 'rows') == []
