@@ -17,7 +17,7 @@ usage: ./reproduce.sh [PROFILE] [key=value ...] [--data ROOT] [--dry-run] [--run
        ./reproduce.sh setup  only make the environment (the others do so themselves)
        ./reproduce.sh test   all checks
 
-The environment is made once, in .venv beside this file: about 6 GB, 7 minutes. These variables change that:
+The environment is made once, in .venv beside this file: about 7 GB, 7 minutes. These variables change that:
   PACL_ENV=active            install into the environment that is active (conda, venv) instead
   PACL_VENV=FOLDER           make it there
   PYTHON=python3.12          make it with this Python (3.11 or later)
@@ -57,7 +57,7 @@ install() {  # one call of pip, its last line shown while it works
   if [ -t 2 ]; then printf '\r%-90s\r' '' >&2; fi
   if [ $code -eq 0 ]; then echo "set up in $((SECONDS - start)) s"; return; fi
   if grep -qi 'no space left\|errno 28\|quota exceeded' "$log"; then
-    stop "The disk is full: the environment needs about 6 GB below $prefix." "Free some space and run again, or put it elsewhere: PACL_VENV=/other/disk/pacl ./reproduce.sh"
+    stop "The disk is full: the environment needs about 7 GB below $prefix." "Free some space and run again, or put it elsewhere: PACL_VENV=/other/disk/pacl ./reproduce.sh"
   elif grep -qi 'NewConnectionError\|NameResolutionError\|name resolution\|ConnectTimeout\|timed out\|connection refused\|connection broken\|ProxyError\|SSLError\|network is unreachable' "$log"; then
     stop "pip cannot reach its package index. Check the network, a proxy (HTTPS_PROXY) or pip's own settings (pip config list) and run again:" "what was downloaded is kept. All that pip said: $log"
   fi
