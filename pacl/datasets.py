@@ -44,8 +44,16 @@ class Task:
         return cls(**{name: tuples(value) for name, value in given.items()})
 
     @property
+    def chooses(self) -> bool:  # one class at each level; else numbers
+        return self.kind in ('single-label', 'hierarchical')
+
+    @property
+    def sizes(self) -> list:    # outputs of each head: one head for each level, of the other kinds one in all
+        return [len(names) for names in self.classes] if self.chooses else [len(self.columns)]
+
+    @property
     def chance(self):    # accuracy of a blind guess at each level; None where it depends on the data
-        return tuple(1 / len(names) for names in self.classes) if self.kind in ('single-label', 'hierarchical') else None
+        return tuple(1 / n for n in self.sizes) if self.chooses else None
 
     def targets(self, table: pd.DataFrame) -> np.ndarray:  # (N, levels) int64, class indices; else (N, columns) float32: 0 | 1, or ratings
         "`table`: N rows of the task's data set; numbers may be text, as they are when read back from a csv file."

@@ -42,9 +42,8 @@ class Head(nn.Module):
                  about: dict | None = None):  # benchmark, pictures, scores
         super().__init__()
         self.task, self.about = task, about or {}
-        self.sizes = [len(names) for names in task.classes] if task.kind in ('single-label', 'hierarchical') else [len(task.columns)]
-        if weight.ndim != 2 or weight.shape[1] != sum(self.sizes) or bias.shape != weight.shape[1:]:
-            raise ValueError(f'weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are not those of {sum(self.sizes)} outputs')
+        if weight.ndim != 2 or weight.shape[1] != sum(task.sizes) or bias.shape != weight.shape[1:]:
+            raise ValueError(f'weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are not those of {sum(task.sizes)} outputs')
         self.register_buffer('weight', weight)
         self.register_buffer('bias', bias)
 
@@ -52,7 +51,7 @@ class Head(nn.Module):
         outputs = features @ self.weight + self.bias
         if self.task.kind == 'regression': return outputs
         if self.task.kind == 'multi-label': return outputs.sigmoid()
-        return torch.cat([level.softmax(1) for level in outputs.split(self.sizes, 1)], 1)
+        return torch.cat([level.softmax(1) for level in outputs.split(self.task.sizes, 1)], 1)
 
     @torch.inference_mode()
     def answers(self, features: Tensor) -> list[dict[str, Any]]:  # (N, D) → for each picture, by the task's columns
@@ -60,7 +59,7 @@ class Head(nn.Module):
         outputs = self(features).cpu()
         if self.task.kind in ('regression', 'multi-label'): return [dict(zip(self.task.columns, row)) for row in outputs.tolist()]
         found: list[dict[str, Any]] = [{} for _ in outputs]
-        for column, names, level in zip(self.task.columns, self.task.classes, outputs.split(self.sizes, 1)):
+        for column, names, level in zip(self.task.columns, self.task.classes, outputs.split(self.task.sizes, 1)):
             for answer, row in zip(found, level.tolist()):
                 best = max(range(len(names)), key=row.__getitem__)
                 answer |= {column: names[best], f'{column}_probability': row[best], f'{column}_probabilities': dict(zip(names, row))}

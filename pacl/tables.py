@@ -21,7 +21,7 @@ from .cluster import POLARITY
 from .contrast import mask_quality, pair_masks
 from .data import load_set, load_tasks
 from .datasets import Task, read_table
-from .evaluate import CONTROLS, benchmark_inputs, extract, learning_stages
+from .evaluate import CONTROLS, benchmark_inputs, extract, learning_stages, read_runs
 from .metrics import compare, interval, resamples, score
 from .partition import LOOKS, PARTITIONS, plot_gallery, read_partition
 from .stages import read_record, stage
@@ -55,7 +55,7 @@ def answers(
         task = tasks[dataset][name]
         wide = rows.pivot(index=['seed', 'id'], columns='level', values=['label', 'prediction'])
         seeds = sorted(set(rows['seed']), key=int)
-        kind = str if task.kind in ('single-label', 'hierarchical') else float
+        kind = str if task.chooses else float
         targets, said = (wide[x][list(task.columns)].to_numpy().astype(kind).reshape(len(seeds), -1, len(task.columns))
                          for x in ('label', 'prediction'))
         found[row, protocol, dataset, name] = Answers(targets[0], said, seeds, task)
@@ -190,7 +190,7 @@ def pair_report(
     known, rows = known[['factual_cluster', 'emotional_cluster']].astype(int), []
     for column in ('object', 'text_object', 'emotion', 'text_emotion'):  # as numbers; −1 for a text that names no object
         known[column] = pd.Index(truth[column.removeprefix('text_')].unique()).get_indexer(truth.loc[known.index, column])
-    runs = pd.read_csv(run / 'models' / 'runs.csv')
+    runs = read_runs(run)
     for row, folder, seed in zip(row_names(runs), runs['run'], runs['seed']):
         if not (path := run / 'models' / folder / 'probe.npz').exists(): continue
         probe = np.load(path)
@@ -209,7 +209,7 @@ def strong_pairs_seen(
     run: Path,      # the profile's folder: models/ and partition/ are read
 ) -> pd.DataFrame:  # row; images_seen, and strong: how many of them were in pairs that match in object and emotion. Means over seeds
     "How much clean material each method learnt from."
-    runs, strong = pd.read_csv(run / 'models' / 'runs.csv'), []
+    runs, strong = read_runs(run), []
     truly = read_table(run / 'partition' / 'truth.csv', ['id']).set_index('id')['partition'] == 'strong'
     for r in runs.itertuples():
         said = read_partition(run / 'partition' / f'{"true_" * (r.partition == "true")}partition.csv').set_index('id')['partition']
@@ -484,7 +484,7 @@ def run_tables(
     seed: int = 0,  # of the pictures drawn for the gallery, the embeddings and the neighbours
 ) -> dict:          # how many differences can be claimed
     "Tables 1 and 3 and Figs. 1 and 3 in small."
-    tasks, runs = load_tasks(run), pd.read_csv(run / 'models' / 'runs.csv')
+    tasks, runs = load_tasks(run), read_runs(run)
     found = answers(pd.read_csv(run / 'results' / 'predictions.csv', dtype=str, keep_default_na=False), tasks)
     table, compared, by_task = result_table(found, tasks, runs), differences(found, tasks), task_table(found)
     for name, numbers in dict(results=table, table1=by_task, differences=compared).items(): numbers.to_csv(out / f'{name}.csv', index=False)

@@ -200,7 +200,7 @@ def test_levels_learn_together_what_each_learns_alone():
 @pytest.mark.parametrize('kind', TASKS)
 def test_the_loss_of_several_seeds_is_the_mean_of_each_ones(kind):
     task, y = TASKS[kind], torch.tensor(np.stack([samples(kind, 9, seed)[1] for seed in range(3)]))
-    outputs = torch.randn(3, 9, sum(evaluate.sizes(task)), generator=torch.Generator().manual_seed(0))
+    outputs = torch.randn(3, 9, sum(task.sizes), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(head_loss(task, outputs, y), sum(head_loss(task, o, t) for o, t in zip(outputs, y)) / 3)
 
 
