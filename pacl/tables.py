@@ -389,9 +389,9 @@ def plot_ratings(
 def neighbours(
     features: np.ndarray,  # (N, D)
     k: int,
-) -> np.ndarray:           # (N, k) rows of the nearest by cosine, the picture itself left out
+) -> np.ndarray:           # (N, k or N − 1) rows of the nearest by cosine, the picture itself left out
     x = F.normalize(torch.tensor(features), dim=1)
-    return (x @ x.T).fill_diagonal_(-2).topk(k, dim=1).indices.numpy()
+    return (x @ x.T).fill_diagonal_(-2).topk(min(k, len(x) - 1), dim=1).indices.numpy()
 
 def plot_neighbours(
     images: np.ndarray,                  # (N, H, W, 3) uint8
@@ -404,6 +404,7 @@ def plot_neighbours(
     import matplotlib.pyplot as plt
 
     near, first = {title: neighbours(x, k) for title, x in features.items()}, next(iter(labels.values()))
+    shown = min(shown, len(first))  # a small benchmark
     fig = plt.figure(figsize=(.9 * (len(near) * (k + .6) + 1), .95 * shown + .7), layout='constrained')
     query, *parts = fig.subfigures(1, 1 + len(near), width_ratios=[1, *[k + .6] * len(near)])
     def draw(part, columns, title):

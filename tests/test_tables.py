@@ -229,6 +229,16 @@ def test_neighbours_are_the_nearest_by_angle():
         assert list(row) == list(np.argsort(cosines)[::-1][:3])
 
 
+@pytest.mark.parametrize('n', [2, 4])
+def test_a_handful_of_test_pictures_is_drawn(n):
+    x, labels = np.random.default_rng(0).normal(size=(n, 6)).astype(np.float32), np.array(['a', 'b'] * 2)[:n]
+    assert neighbours(x, 5).shape == (n, n - 1)
+    fig = plot_neighbours(np.zeros((n, 4, 4, 3), np.uint8), {'emotion': labels}, {'initial': x})
+    assert len(fig.axes) == n + 5 * n
+    fig = plot_embeddings({'initial': x}, labels)
+    assert np.isfinite(fig.axes[0].collections[0].get_offsets()).all()
+
+
 def test_figures_of_tasks_are_drawn():
     found, kinds = answers(made_up({'initial': .3, 'pacl': .4}), TASKS), four_kinds()
     fig = plot_classes({'recall': {name: recalls(found[name, 'linear', 'new', 'label']) for name in ('initial', 'PACL')}})
