@@ -1,5 +1,6 @@
 "The three files that name the dependencies name the same ones; nbdev leaves the package's front door alone."
 import configparser
+import json
 import subprocess
 import sys
 import tomllib
@@ -52,3 +53,10 @@ reveal_type(pacl.enhance('posts', 'out'))
 
 def test_unknown_attribute_of_the_package():
     with pytest.raises(AttributeError, match='pacl.*"lod"'): pacl.lod
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('nbs/*.ipynb')), ids=lambda path: path.stem)
+def test_a_notebook_can_be_read_without_being_run(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    looks = [c for c in cells if c['cell_type'] == 'code' and 'run' not in c['metadata'].get('tags', [])]
+    assert any(c['outputs'] for c in looks)
