@@ -25,6 +25,7 @@ from pacl.evaluate import (ADJECTIVES, PROMPTS, class_prompts, colour_histogram,
 from pacl.metrics import METRICS
 from pacl.stages import InputError, write_stage
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 EMOTIONS, OBJECTS = ('anger', 'awe', 'fear'), ('ball', 'cat')
 SIDES = dict(anger='negative', awe='positive', fear='negative')
 KINDS = (*EMOTIONS, 'rage', 'shame', 'zest')
@@ -84,14 +85,6 @@ def make_benchmarks(run, splits=(80, 12, 40)):
         pd.DataFrame([{'run': f'{m}-{p}-s{s}', 'method': m, 'partition': p, 'seed': s, 'steps': 6, 'images_seen': 160}
                       for m, p, s in jobs]).to_csv(models / 'runs.csv', index=False)
     return run
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 EPOCHS = dict(probe_epochs=2, fine_tune_epochs=1)

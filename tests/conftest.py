@@ -1,0 +1,12 @@
+"What several test files share."
+import pytest
+import torch
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "For the whole file: `pytestmark = pytest.mark.usefixtures('one_thread')`."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
