@@ -454,6 +454,11 @@ def train(
     Raises InputError for what the user can mend, FloatingPointError with step, partition and ids where a loss is not finite."""
     if config.partition not in posts.partitions:
         raise InputError(f'there is no partition "{config.partition}" of these posts: only the demo knows the true one.')
+    part, first = folder.with_name(f'{folder.name}.part'), own_rows(10**6).start == 0
+    if (folder / 'record.json').exists():  # whole; a kill may have come before what it was made from was gone
+        must_be(folder, json.loads((folder / 'record.json').read_text()), config.origin)
+        if first: shutil.rmtree(part, ignore_errors=True)
+        return
     partition = posts.partitions[config.partition]
     plan = plan_steps(partition, config)
     names = list(dict.fromkeys(name for step in plan for name in batches_of(step)))
@@ -464,7 +469,6 @@ def train(
     optimizer = torch.optim.AdamW([{'params': list(towers.trainable.parameters()), 'lr': config.lr},
                                    {'params': projectors, 'lr': config.projector_lr}], fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / len(plan))) / 2)
-    part, first = folder.with_name(f'{folder.name}.part'), own_rows(10**6).start == 0
     origin = config.origin | {'posts': posts.digest}
     start = load_checkpoint(part / 'checkpoints', towers, optimizer, schedule, origin)
 

@@ -34,6 +34,7 @@ from pacl.train import (FULL, MAIN, PARTITIONS, Posts, Towers, TrainConfig, acti
                         endless_batches, enhance, gather_rows, load_checkpoint, main, method_masks, own_rows, plan_steps, run_train,
                         save_checkpoint, step_losses, sum_gradients, train)
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 N = 72
 METHODS = list(dict.fromkeys(m for m, _ in FULL))
 
@@ -67,14 +68,6 @@ def make_run(run, seed=0, trainable_stages=2, true=True, backbone='tf_efficientn
 def copy(run, to):
     shutil.copytree(run, to)
     return to
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='module')
@@ -846,6 +839,18 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(posts, trained, tmp
     record, whole = (json.loads((folder / 'record.json').read_text()) for folder in (tmp_path / 'out', trained))
     assert record == whole | {'checkpoint_minutes': 0}
     assert [*tmp_path.iterdir()] == [tmp_path / 'out']
+
+
+def test_a_kill_between_the_name_and_the_end(posts, trained, tmp_path):
+    config = TrainConfig(batch_size=8, seed=3, checkpoint_minutes=0)
+    def killed():
+        def remove(path, *more, **how): return kill_myself() if (tmp_path / 'out').exists() else rmtree(path, *more, **how)
+        rmtree, shutil.rmtree = shutil.rmtree, remove
+        train(posts, config, tmp_path / 'out')
+    assert in_a_child(killed) == -signal.SIGKILL and sorted(p.name for p in tmp_path.iterdir()) == ['out', 'out.part']
+    with pytest.raises(InputError, match='seed was 3, is 4'): train(posts, dataclasses.replace(config, seed=4), tmp_path / 'out')
+    train(posts, config, tmp_path / 'out')  # whole already: nothing is trained again
+    assert bits(tmp_path / 'out') == bits(trained) and [p.name for p in tmp_path.iterdir()] == ['out']
 
 
 def test_a_run_killed_again_and_again_at_random(posts, trained, tmp_path):
