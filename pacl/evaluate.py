@@ -104,7 +104,9 @@ def train_heads(
     weight = torch.zeros(S, extract(x[:1], backbone).shape[1], sum(task.sizes), device=device, requires_grad=True)
     start = y.mean(0) if task.kind == 'regression' else torch.zeros(weight.shape[2], device=device)
     bias = start.repeat(S, 1, 1).requires_grad_()
-    groups = [{'params': [weight, bias]}] + ([{'params': backbone.parameters(), 'lr': backbone_lr}] if backbone else [])
+    fresh = list(getattr(backbone, 'fresh', ()))  # an attention module's weights, as new as the head's
+    old = [p for p in backbone.parameters() if all(p is not q for q in fresh)] if backbone else []
+    groups = [{'params': [weight, bias, *fresh]}] + ([{'params': old, 'lr': backbone_lr}] if backbone else [])
     optimizer = torch.optim.AdamW(groups, lr, fused=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(y) // batch_size))
     orders, best, kept = [torch.Generator().manual_seed(s) for s in seeds], [-np.inf] * S, [None] * S

@@ -31,7 +31,8 @@ from .stages import InputError, disk_errors, nearest, read_record, why_stale
 ROOT = Path(__file__).parents[1] if '__file__' in globals() else Path('..')
 STAGES = {  # the folder it writes: its notebook
     'world': '00_world', 'data': '01_data', 'standins': '12_standins', 'features': '02_encoders', 'partition': '03_partition',
-    'clusters': '04_cluster', 'models': '06_train', 'results': '07_evaluate', 'tables': '09_tables'}
+    'clusters': '04_cluster', 'models': '06_train', 'results': '07_evaluate',
+    'experiments': '21_grid', 'tables': '09_tables', 'report': '22_report'}
 
 # %% ../nbs/10_pipeline.ipynb #10-006
 def shown(path: Path) -> str:

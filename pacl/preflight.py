@@ -266,7 +266,8 @@ FLOW = {  # stage: what it reads, what it writes
     'world': ('', 'posts, benchmarks'), 'data': ('your folders, or world', 'squares, tables'), 'standins': ('world', 'small judges'),
     'features': ('data, both encoders', 'features'), 'partition': ('data, the judges', 'partition.csv'),
     'clusters': ('features', 'clusters.csv'), 'models': ('data, features, partition, clusters', 'enhanced encoders'),
-    'results': ('data, features, models', 'results.csv'), 'tables': ('all of them', 'tables, figures')}
+    'results': ('data, features, models', 'results.csv'), 'experiments': ('the same', 'the rows of `tables`'),
+    'tables': ('all of them', 'tables, figures'), 'report': ('all of them', 'report.html')}
 
 def state_of(
     run: Path,

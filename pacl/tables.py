@@ -29,8 +29,10 @@ from .train import plot_losses
 
 # %% ../nbs/09_tables.ipynb #09-006
 NAMES = {'strong': 'strong only', 'pacl': 'PACL', 'curriculum': 'curriculum only', 'pacl-no-filter': 'PACL without filter',
-         'pacl-no-pseudo': 'PACL without pseudo-positives', 'unpartitioned-steps': 'unpartitioned, equal steps',
-         'strong-steps': 'strong only, equal steps', 'colour-histogram': 'colour histogram', 'shuffled-labels': 'shuffled labels'}
+         'pacl-no-pseudo': 'PACL without pseudo-positives', 'release': 'the release\'s loss', 'emotionclip': 'EmotionCLIP',
+         'strong-partial': 'strong + partial', 'factual-matched': 'factual partition, matched', 'factual': 'factual partition',
+         'emotional-matched': 'emotional partition, matched', 'emotional': 'emotional partition',
+         'colour-histogram': 'colour histogram', 'shuffled-labels': 'shuffled labels'}
 
 def row_names(
     table: pd.DataFrame,  # method, partition
@@ -46,13 +48,13 @@ class Answers(NamedTuple):
     def of(self, seeds: list): return self.said[[self.seeds.index(s) for s in seeds]]
 
 def answers(
-    predictions: pd.DataFrame,  # method, partition, protocol, dataset, task, level, seed, id, label, prediction: all text
+    predictions: pd.DataFrame,  # row (or method, partition), protocol, dataset, task, level, seed, id, label, prediction: all text
     tasks: dict,                # {set: {task name: Task}}
 ) -> dict:                      # {(row, protocol, dataset, task): Answers} in the order in which they were evaluated; pictures by id
     found = {}
-    table = predictions.assign(row=row_names(predictions))
+    table = predictions if 'row' in predictions else predictions.assign(row=row_names(predictions))
     for (row, protocol, dataset, name), rows in table.groupby(['row', 'protocol', 'dataset', 'task'], sort=False):
-        task = tasks[dataset][name]
+        task = tasks[dataset].get(name) or Task('single-label', (name,), (tuple(np.unique(rows[['label', 'prediction']])),))  # a level trained alone
         wide = rows.pivot(index=['seed', 'id'], columns='level', values=['label', 'prediction'])
         seeds = sorted(set(rows['seed']), key=int)
         kind = str if task.chooses else float
@@ -100,7 +102,7 @@ def as_printed(
 # %% ../nbs/09_tables.ipynb #09-012
 COMPARED = [('PACL', 'unpartitioned'), ('PACL', 'strong only'), ('strong only', 'unpartitioned'), ('PACL', 'initial'),
             ('PACL, true partition', 'unpartitioned'), ('PACL, true partition', 'strong only, true partition'),
-            *(('PACL', NAMES[m]) for m in ('curriculum', 'pacl-no-filter', 'pacl-no-pseudo', 'unpartitioned-steps', 'strong-steps'))]
+            *(('PACL', NAMES[m]) for m in ('strong-partial', 'curriculum', 'pacl-no-filter', 'pacl-no-pseudo', 'emotionclip'))]
 
 def difference(
     a: Answers,

@@ -158,6 +158,7 @@ def draw_pairs(
     n: int,                   # pairs
     noise: str = 'social',    # social | uniform
     matched: float = .475,    # chance that the text's object is the picture's, and likewise its emotion: 22.6 % of pairs have both
+    shown: pd.DataFrame = None,  # object, emotion of n pictures that are there already
 ) -> pd.DataFrame:            # the picture's object, emotion; text_object ('': none), text_emotion; factual, emotional (bool); partition
     "What each post shows and says. Raises ValueError for an unknown `noise`."
     if noise not in ('social', 'uniform'):
@@ -167,8 +168,8 @@ def draw_pairs(
     moods = np.where(np.isin(emotions, POSITIVE), .58, .42) if social else np.ones(8)
     def draw(names, weights, unlike=None): return rng.choice(names, p=(w := weights * (np.array(names) != unlike)) / w.sum())
     rows = []
-    for _ in range(n):
-        kind, emotion = draw(kinds, topics), draw(emotions, moods)
+    for i in range(n):
+        kind, emotion = (draw(kinds, topics), draw(emotions, moods)) if shown is None else shown[['object', 'emotion']].iloc[i]
         factual, emotional = rng.random(2) < matched
         elsewhere = ('' if rng.random() < .6 else draw(kinds[:5], topics[:5], kind)) if social else draw(kinds, topics, kind)
         feeling = emotion if emotional else draw(emotions, moods, emotion)

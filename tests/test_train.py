@@ -1,7 +1,9 @@
 "pacl.train: schedule and masks by the equations, any number of processes, the same bits after a kill, the truth never read."
 import ast
+import collections
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,9 +33,9 @@ from pacl import train as train_module
 from pacl.contrast import pacl_loss, release_loss
 from pacl.encoders import augment, id_keys, load_backbone, save_backbone, split_backbone, to_input
 from pacl.stages import InputError, read_record, write_stage
-from pacl.train import (FULL, MAIN, PARTITIONS, Posts, Towers, TrainConfig, active_partitions, backward_step, batches_of, count_images,
-                        endless_batches, enhance, gather_rows, load_checkpoint, main, method_masks, own_rows, plan_steps, run_train,
-                        save_checkpoint, step_losses, sum_gradients, train)
+from pacl.train import (FULL, MAIN, PARTITIONS, SAMPLES, Posts, Towers, TrainConfig, active_partitions, backward_step, batches_of,
+                        count_images, endless_batches, enhance, gather_rows, load_checkpoint, loss_of, main, method_masks, own_rows,
+                        plan_steps, run_train, save_checkpoint, step_losses, sum_gradients, train)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 N = 72
@@ -143,8 +146,11 @@ def test_each_pass_is_in_a_new_order():
 def test_plan(method, strong, others, batch_size, epochs, seed):
     partition, config = np.array(['strong'] * strong + others), TrainConfig(method=method, batch_size=batch_size, epochs=epochs, seed=seed)
     count = {name: int((partition == name).sum()) for name in PARTITIONS}
-    if count['strong'] < 2:
-        with pytest.raises(InputError, match='fewer than 2 pairs are strong'): plan_steps(partition, config)
+    samples = SAMPLES.get(method, {name: (name,) for name in PARTITIONS})
+    active = [[name for name in active_partitions(epoch, epochs) if count[name] >= 2] for epoch in range(epochs)]
+    drawn = [[name for name, kinds in samples.items() if {*kinds} & {*names}] for names in active]
+    if not any(active) or any(names and not mine for names, mine in zip(active, drawn)):
+        with pytest.raises(InputError, match=f'no pairs (for method {method}|of a part)'): plan_steps(partition, config)
         return
     factual, weak = (min(count[name], batch_size) * (count[name] >= 2) for name in ('factual', 'weak'))
     if method == 'release' and weak and factual != weak and epochs >= 3:  # the weak come with the last of three parts
@@ -153,21 +159,39 @@ def test_plan(method, strong, others, batch_size, epochs, seed):
     plan = plan_steps(partition, config)
     np.testing.assert_equal(plan, plan_steps(partition, config))
     assert [step['epoch'] for step in plan] == sorted(step['epoch'] for step in plan) and plan[-1]['epoch'] < epochs
-    for step in plan:
-        names = set(batches_of(step))
-        if not method.startswith(('unpartitioned', 'strong')):
-            assert names == {name for name in active_partitions(step['epoch'], epochs) if count[name] >= 2}
-        else: assert names == {'all' if method.startswith('unpartitioned') else 'strong'}
-        for name in names:
-            assert len(set(step[name])) == len(step[name]) == min(batch_size, count.get(name, len(partition)))
-            assert name == 'all' or (partition[step[name]] == name).all()
+    for step in plan:  # as many batches as PACL, in turn of what the method draws from
+        names = [loss_of(name) for name in batches_of(step)]
+        expected = [name for _, name in zip(active[step['epoch']], itertools.cycle(drawn[step['epoch']]))]
+        assert len(names) == len(active[step['epoch']]) and (set(names) == set(expected) or len(names) % len(drawn[step['epoch']]))
+        for name, rows in batches_of(step).items():
+            kinds = [kind for kind in samples[loss_of(name)] if count[kind] >= 2]
+            assert len(set(rows)) == len(rows) == min(batch_size, sum(count[kind] for kind in kinds))
+            assert np.isin(partition[rows], kinds).all()
+    for epoch in range(epochs):
+        seen = collections.Counter(loss_of(name) for step in plan if step['epoch'] == epoch for name in batches_of(step))
+        assert not seen or max(seen.values()) - min(seen.values()) <= 1 and set(seen) <= set(drawn[epoch])
     pacl = plan_steps(partition, TrainConfig(batch_size=batch_size, epochs=epochs, seed=seed))
     for epoch in range(epochs):  # until the largest partition is through
-        largest = max(count[name] for name in active_partitions(epoch, epochs))
-        assert sum(step['epoch'] == epoch for step in pacl) == max(largest // batch_size, 1)
-    if not method.startswith(('unpartitioned', 'strong')): np.testing.assert_equal(plan, pacl)
-    elif method.endswith('-steps'): assert len(plan) == len(pacl)
-    else: assert 0 <= count_images(plan) - count_images(pacl) < batch_size
+        largest = max([count[name] for name in active[epoch]], default=0)
+        assert sum(step['epoch'] == epoch for step in pacl) == max(largest // batch_size, largest > 0)
+    if method not in SAMPLES: np.testing.assert_equal(plan, pacl)
+    assert len(plan) == len(pacl) and [len(step) for step in plan] == [len(step) for step in pacl]  # equal compute
+    if min(count[name] for step in active for name in step) >= batch_size: assert count_images(plan) == count_images(pacl)
+
+
+@pytest.mark.parametrize('shares', [(1, 0, 0, 0), (0, 0, 0, 1), (.2, .3, .3, .2)], ids=['γ = 0: all strong', 'γ = 1: all weak', 'between'])
+def test_a_budget_of_images_is_kept_whatever_the_partition(shares):
+    partition = np.repeat(PARTITIONS, [int(2000 * share) for share in shares])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        plans = [plan_steps(partition, TrainConfig(images=images, epochs=6)) for images in (0, 5000, 20000)]
+    for plan, images in zip(plans[1:], (5000, 20000)): assert abs(count_images(plan) - images) <= 256 * 3  # half a step an epoch
+    assert {step['epoch'] for step in plans[1]} == {step['epoch'] for step in plans[0]}
+
+
+def test_a_partition_without_pairs_trains_nothing():
+    with pytest.raises(InputError, match='no pairs for method strong in epoch'), pytest.warns(UserWarning, match='strong has 0 of 9'):
+        plan_steps(np.repeat('weak', 9), TrainConfig(method='strong', batch_size=2))
 
 
 def test_alternate_takes_the_same_batches_one_a_step():
@@ -202,7 +226,7 @@ def test_another_seed_makes_another_plan():
 def naive_masks(method, sim, partition, factual, emotional, groups, keep_positives):
     "Positives and candidates of image and text anchors, pair by pair."
     n = len(sim)
-    if method in ('unpartitioned', 'strong', 'curriculum', 'unpartitioned-steps', 'strong-steps'): partition = 'strong'
+    if partition == 'all' or method == 'curriculum': partition = 'strong'
     group = [i * groups // n for i in range(n)]
     best_text = [max((j for j in range(n) if group[j] == group[i]), key=lambda j: (sim[i][j], -j)) for i in range(n)]
     best_image = [max((i for i in range(n) if group[j] == group[i]), key=lambda i: (sim[i][j], -i)) for j in range(n)]
@@ -252,7 +276,8 @@ def tiny_posts():
     rng = np.random.default_rng(0)
     pictures, text = (torch.tensor(rng.normal(size=(22, d))) for d in (5, 6))
     clusters = {k: torch.tensor(rng.integers(3, size=22)) for k in ('factual', 'emotional')}
-    return SimpleNamespace(pictures=pictures, text=text, clusters=clusters)
+    sentiment = torch.tensor(rng.dirichlet(np.ones(3), size=22))
+    return SimpleNamespace(pictures=pictures, text=text, clusters=clusters, sentiment=sentiment)
 
 
 def tiny_step(step, config):
@@ -268,7 +293,7 @@ def tiny_step(step, config):
 def tiny_gradients():
     found = {}
     for method in METHODS:
-        step = {'epoch': 0, 'all': np.arange(21)} if method.startswith(('unpartitioned', 'strong')) else TINY_STEP
+        step = {'epoch': 0, 'all': np.arange(21), 'all 2': np.arange(9, 16)} if 'all' in SAMPLES.get(method, ()) else TINY_STEP
         for chunk in (0, 3):
             losses, found[f'{method}, chunk {chunk}, gradients'] = tiny_step(step, TrainConfig(method=method, temperature=.2, chunk=chunk))
             found[f'{method}, chunk {chunk}, losses'] = np.array(list(losses.values()))
