@@ -376,8 +376,8 @@ def run_grid(
     for other in parts.parent.glob('*'):
         if other != parts: shutil.rmtree(other)
     parts.mkdir(parents=True, exist_ok=True)
-    jobs = [(run, parts / f'{digest([asdict(e), k, protocols])}.csv', e, k, protocols, folder and run / 'models' / folder, training, compute,
-             evaluation) for (e, k), (protocols, folder) in work.items()]
+    jobs = [(run, parts / f'{digest([asdict(e), k, protocols])}.csv', e, k, protocols, folder and run / 'models' / folder,
+             training, compute, evaluation) for (e, k), (protocols, folder) in work.items()]
     left = [job for job in jobs if not job[1].exists()]
     if left:
         workers = min(torch.cuda.device_count() or os.cpu_count() or 1, len(left))

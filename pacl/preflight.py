@@ -30,6 +30,8 @@ from .data import PUBLISHED, load_set, load_tasks, named
 from .encoders import BACKBONES, TEXT_ENCODERS, augment, encode_texts, load_backbone, load_text_encoder, split_backbone, to_input
 from .evaluate import evaluate_tuned, pieces
 from .evaluators import load_evaluators
+from .grid import GRID, Experiment, read_grid
+from .grid import asked as named_tables
 from .partition import PARTITIONS, score_cosines
 from .pictures import read_images
 from .pipeline import clock, shown
@@ -302,6 +304,9 @@ def check(
         processes = min(asked, gpus or asked)
         try:
             jobs, plans = plan_training(given, partition, 'world' in stages)
+            if 'experiments' in todo:
+                grid = read_grid(GRID, Experiment(), given['text_encoders'])
+                rows = {e for name in named_tables(given['tables']) for e, _ in grid[name]}
             most = max(most for _, _, most in plans.values())
             at_once = min(given['chunk'] or most, -(-most // processes))
             found, broken = calibrate(given, todo, sets, there, at_once)
@@ -334,6 +339,9 @@ def check(
         views = n * given['views'] + images - n if given['trainable_stages'] else n
         work = {'data': {'read': images}, 'features': {'see': views, 'text': n}, 'partition': {'judge': n}, 'clusters': {'cluster': 2 * n},
                 'models': {'learn': passes}, 'results': {'see': seen, 'learn': learnt}}
+        if 'experiments' in todo and given['tables']:  # as many trainings as rows and seeds, but for those of the main results
+            work['experiments'] = {'learn': len(rows) * given['n_seeds'] * max(seen for _, seen, _ in plans.values()) / (gpus or 1)}
+            said.append(f'grid       {len(rows)} rows for tables={given["tables"]}, at most {len(rows) * given["n_seeds"]} more trainings')
         times = {stage: sum(k / found[what] for what, k in parts.items()) for stage, parts in work.items()
                  if all(map(found.get, parts)) and any(parts.values())}
     said += ['', f'{"stage":10} {"reads":36} {"writes":18} {"takes about":>12}  state']

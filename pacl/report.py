@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 
 from .data import load_tasks
-from .datasets import Task
 from .evaluate import CONTROLS, read_runs
 from .metrics import score
 from .stages import InputError, nearest, read_record, stage
@@ -73,8 +72,6 @@ class Ours:
         tasks, found = load_tasks(run), {}
         for name in ['experiments'] * experiments + ['results']:  # a row of both is the main run's
             table = pd.read_csv(run / name / 'predictions.csv', dtype=str, keep_default_na=False)
-            for (dataset, task), q in table.groupby(['dataset', 'task']):  # a level that was learnt alone is in no tasks.json
-                tasks[dataset].setdefault(task, Task('single-label', (task,), (tuple(sorted(q['label'].unique())),)))
             found |= answers(table, tasks)
         # the classifier is all there is to tune on responses that are fixed: Table 2
         return cls(found | {(row, 'fine-tune', *key): a for (row, _, *key), a in found.items() if row == 'SentiBank'})
@@ -245,14 +242,15 @@ def in_short(
             f'them claimed; {other + against} have the other sign or none, {against} of them claimed.']
     if len(orders): said.append(f'Whole order: in {len(orders)} columns with three or more of the paper’s cells on file, Kendall’s τ is '
                                 f'{orders["kendall"].mean():+.2f} and Spearman’s ρ {orders["spearman"].mean():+.2f} on average.')
-    below = {'Agrees with the paper': [], 'Contradicts the paper in at least one test': [], 'Cannot be told apart here': []}
+    below = {'Agrees with the paper (tests with its sign)': [], 'Contradicts the paper in at least one test': [],
+             'Cannot be told apart here (tests with its sign)': []}
     for (table, better, worse), q in groups.items():
         claimed, same, _, against = (sum(q['verdict'] == v) for v in VERDICTS)
         low = q.loc[q['high'].idxmin()]
         reverse = (f'; the reverse claimed in {against}, {points(*low[["difference", "low", "high"]], low["metric"])} on '
                    f'{" · ".join(low["test"].split(" · ")[:2])}')
         below[list(below)[1 if against else 0 if claimed else 2]].append(
-            f'{better} over {worse} (Table {table[-1]}: better in {claimed + same} of {len(q)} tests'
+            f'{better} over {worse} (Table {table[-1]}: {claimed + same} of {len(q)}'
             + f', {claimed} claimed' * bool(claimed) + reverse * bool(against) + ')')
     return said + [f'{title}: {"; ".join(lines)}.' for title, lines in below.items() if lines]
 
@@ -432,7 +430,7 @@ def what_ran(
     models = seen.groupby('row', sort=False).agg(seeds=('seed', 'nunique'), images=('images_seen', 'mean'), steps=('steps', 'mean'))
     return (f'<p>{len(seen)} trainings, {seconds / 60:.0f} minutes in all, on {html.escape(", ".join(sorted(devices)))}. Each model saw '
             f'{models["images"].min():,.0f} to {models["images"].max():,.0f} images, repeats counted. A step takes a batch of '
-            'every partition in use, so with equal images the methods differ in steps.</p>'
+            'every active partition; a step of a method with fewer of them takes as many batches of what it has.</p>'
             + table(lambda r: (words(r.get('result', {})), f'{r.get("seconds", 0):,.0f}'), 'result', 'seconds')
             + folded('Images and steps of each model', html_table(models.map('{:,.0f}'.format)))
             + folded('Parameters, code, versions', f'<p>{html.escape(words(records["tables"].get("packages", {})))}</p>'
@@ -456,7 +454,7 @@ def write_table(
     table = printed(lines.assign(title=lines['part'] + ': ' + lines['title']) if lines['part'].nunique() > 1 else lines)
     (out / f'{name}.md').write_text(f'{as_markdown(table)}\n{note}\n', encoding='utf-8')
     (out / f'{name}.tex').write_text(as_latex(table), encoding='utf-8')
-    lines.drop(columns='extra').round(4).to_csv(out / f'{name}.csv', index=False)
+    lines.drop(columns=['test', 'extra']).round(4).to_csv(out / f'{name}.csv', index=False)
     first, drawn = lines['metric'].isin(FIRST).to_numpy(), ''
     if name == 'table5':
         names = lines['title'].str.split(' · ').str[0]
@@ -503,10 +501,11 @@ def run_report(
         table.round(4).to_csv(out / f'{name}.csv', index=False)
     if len(parts): plot_parts(parts).savefig(out / 'parts.png', dpi=120)
     if len(when): plot_curves(when, 'gain over unpartitioned, points').savefig(out / 'when.png', dpi=120)
+    theirs = papers['text'].set_index('name')['value']
     note = NOTE.format(max(len(a.seeds) for a in ours.found.values()))
-    bodies = {TITLES[name]: write_table(out, name, lines, papers[name]['value'] if name in papers else papers['text']['value'][:0],
+    bodies = {TITLES[name]: write_table(out, name, lines, papers[name]['value'] if name != 'text' else theirs[:0],
                                         f'{OTHER} {note}' if stands else note) for name, lines in shown.items()}
-    counts, theirs, why = records['partition'].get('result', {}), papers['text'].set_index('name')['value'], run / 'tables' / 'why.md'
+    counts, why = records['partition'].get('result', {}), run / 'tables' / 'why.md'
     kinds = dict(strong=['strong'], partial=['emotional', 'factual'], weak=['weak'])
     counts = {kind: sum(counts.get(name, 0) for name in names) for kind, names in kinds.items()}
     shares = ', '.join(f'{k} {n / max(sum(counts.values()), 1):.0%} (paper: {theirs[k]:.0f}%)' for k, n in counts.items())

@@ -54,7 +54,8 @@ def answers(
     found = {}
     table = predictions if 'row' in predictions else predictions.assign(row=row_names(predictions))
     for (row, protocol, dataset, name), rows in table.groupby(['row', 'protocol', 'dataset', 'task'], sort=False):
-        task = tasks[dataset].get(name) or Task('single-label', (name,), (tuple(np.unique(rows[['label', 'prediction']])),))  # a level trained alone
+        # a level that was trained alone has no task of its own
+        task = tasks[dataset].get(name) or Task('single-label', (name,), (tuple(np.unique(rows[['label', 'prediction']])),))
         wide = rows.pivot(index=['seed', 'id'], columns='level', values=['label', 'prediction'])
         seeds = sorted(set(rows['seed']), key=int)
         kind = str if task.chooses else float

@@ -101,11 +101,18 @@ def test_all_is_there(tmp_path, complete, capsys):
     assert not missing, missing
     assert '14 rows; published: 195,265 posts' in text and 'emotic/vad' in text and 'resnet50: in the cache' in text
     table = {line.split()[0]: line for line in lines[lines.index('') + 2:]}
-    assert list(table) == 'data features partition clusters models results tables'.split()
+    assert list(table) == 'data features partition clusters models results experiments tables report'.split()
     assert all('never ran' in line for line in table.values())
-    assert ['?' in line for line in table.values()] == [False] * 6 + [True], text  # each has a time but the tables
+    assert ['?' in line for line in table.values()] == [False] * 6 + [True] * 3, text  # each has a time but what takes little
     assert sorted(p for p in (tmp_path / 'data').rglob('*') if 'DeepSentiBank' not in p.parts) == before  # no split.csv
     assert not (tmp_path / 'runs').exists()
+
+
+def test_the_grid_has_its_time(complete):
+    lines, missing = complete('tables=4', 'n_seeds=2')
+    assert not missing and 'grid       9 rows for tables=4, at most 18 more trainings' in lines
+    assert '?' not in next(line for line in lines if line.startswith('experiments'))
+    assert 'is none of 1, 2' in str(complete('tables=7')[1])
 
 
 def test_a_damaged_download_shows_itself(tmp_path, complete, stand_ins, monkeypatch):
@@ -190,7 +197,7 @@ def test_the_profiles(tmp_path):
                  fine_tune_epochs=40, backbone_lr=1e-4, max_length=77, factual='open_clip:ViT-B-32/openai', sentences='bertweet-sentiment',
                  phrases=f'deepsentibank:{tmp_path}/data/DeepSentiBank', posts=f'tumemo:{tmp_path}/data/TumEmo')
     assert {name: given[name] for name in paper} == paper and len(given['benchmarks']) == 7
-    assert list(stages) == 'data features partition clusters models results tables'.split()
+    assert list(stages) == 'data features partition clusters models results experiments tables report'.split()
     _, settings, _ = asked(tmp_path, 'backbone=vit_base', 'lr=1e-5', 'benchmarks=[fi:$DATA/FI]')
     assert settings['06_train']['lr'] == 1e-5 and settings['01_data']['benchmarks'] == [f'fi:{tmp_path}/data/FI']
     _, own, stages = asked(tmp_path, 'backbone=resnet50', 'trainable_stages=0', profile='own')

@@ -162,11 +162,16 @@ def test_orderings_against_ours():
     checks = check_claims(claims, shown, {'mine': ours})
     assert list(checks['verdict'].iloc[:2]) == ['as in the paper, claimed', 'against the paper, claimed'] and len(checks) == 3
     assert checks['verdict'].iloc[2] in ('sign as in the paper', 'other sign')
+    near = [('initial', 'unpartitioned'), ('unpartitioned', 'initial')]  # whichever is ahead, nothing is claimed
+    near = pd.DataFrame(near, columns=['better', 'worse']).assign(table='table4', claim='', source='')
+    near = check_claims(near, shown, {'mine': ours})
+    assert (near['low'] < 0).all() and near['difference'].abs().min() > 0
+    assert set(near['verdict']) == {'sign as in the paper', 'other sign'}
     said = in_short(checks, rank_correlations(shown))
     assert said[0].startswith('3 of the paper’s orderings of two rows could be tested (1 that it states')
     told = {text.split()[0]: text for text in said}
-    assert told['Agrees'] == 'Agrees with the paper: PACL over initial (Table 4: better in 1 of 1 tests, 1 claimed).'
-    reverse = r'test: unpartitioned over PACL \(Table 4: better in 0 of 1 tests; the reverse claimed in 1, -\d\d\.\d \[.* on new'
+    assert told['Agrees'] == 'Agrees with the paper (tests with its sign): PACL over initial (Table 4: 1 of 1, 1 claimed).'
+    reverse = r'test: unpartitioned over PACL \(Table 4: 0 of 1; the reverse claimed in 1, -\d\d\.\d \[.* on new'
     assert re.search(reverse, told['Contradicts'])
     assert 'initial over unpartitioned' in told['Cannot']
     assert len(in_short(checks[:0], rank_correlations({}))) == 1
