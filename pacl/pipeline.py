@@ -330,8 +330,10 @@ def main(
         return 128 + (stop.args or [signal.SIGINT])[0]
     if current: print(f'{current} of {len(chosen)} stages were current: parameters, inputs, code and files as in stage.json.')
     print(f'{clock(time.time() - start)} in all. Stages, executed notebooks, tables and figures: {shown(run)}')
-    for path in sorted((run / 'tables').rglob('*')):
-        if path.is_file() and path.name != 'stage.json': print(f'  {shown(path)}')
+    if (page := run / 'report' / 'report.html').exists():
+        shutil.copy(page, run / 'report.html')
+        print(f'To read: {shown(run / "report.html")}; its tables as md, tex and csv: {shown(run / "report")}, more figures: '
+              f'{shown(run / "tables")}')
     return 0
 
 # %% ../nbs/10_pipeline.ipynb #10-038

@@ -20,14 +20,16 @@ from pacl.cluster import run_cluster
 from pacl.data import load_tasks, run_data
 from pacl.encoders import BACKBONES, TEXT_ENCODERS, load_backbone, run_features
 from pacl.evaluate import run_evaluate
+from pacl.grid import run_grid
 from pacl.partition import PARTITIONS, read_partition, run_partition
 from pacl.pipeline import STAGES, notebook_parameters, read_settings
+from pacl.report import run_report
 from pacl.stages import file_hashes, read_record, write_stage
 from pacl.tables import run_tables
 
 ROOT = Path(__file__).parents[1]
 RUNS = dict(data=run_data, features=run_features, partition=run_partition, clusters=run_cluster, models=train_module.run_train,
-            results=run_evaluate, tables=run_tables)
+            results=run_evaluate, experiments=run_grid, tables=run_tables, report=run_report)
 
 
 @pytest.fixture(scope='module')
@@ -106,7 +108,7 @@ def test_from_posts_to_tables(hub, settings, shared, tmp_path, monkeypatch, back
     if backbone == 'resnet50': sets.append('iaps')  # ratings too; the others take minutes as it is
     else: keep_set(run / 'data', 'fi')
     lr = 1e-3 if backbone == 'resnet50' else 1e-5
-    for stage in ('features', 'clusters', 'models', 'results', 'tables'):
+    for stage in ('features', 'clusters', 'models', 'results', 'experiments', 'tables', 'report'):
         own = {'features': dict(backbone=backbone), 'models': dict(lr=lr), 'results': dict(backbone_lr=lr / 10)}.get(stage, {})
         RUNS[stage](run, **settings[stage] | own)
     log = pd.read_csv(run / 'models/pacl-evaluators-s0/log.csv')
@@ -127,3 +129,5 @@ def test_from_posts_to_tables(hub, settings, shared, tmp_path, monkeypatch, back
     assert all(f'| {name} |' in table for name in ('fi, label', 'iaps, vad')[:len(sets)])
     assert 'fi, label, prompt 1' in (run / 'tables/table3.md').read_text()
     assert len(file_hashes(run / 'tables/figures')) >= 5
+    assert '(paper: FI, 8)' in (run / 'report/table1.md').read_text()  # its sets are the paper's
+    assert backbone in (run / 'report/report.html').read_text()
