@@ -1086,7 +1086,7 @@ def test_bad_input_is_told_before_torchrun_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(train_module.subprocess, 'run', fake_torchrun(called))
     table = pd.read_csv(run / 'partition/partition.csv', dtype=str)
     table.assign(partition='weak').to_csv(run / 'partition/partition.csv', index=False)
-    with pytest.raises(InputError, match='fewer than 2 pairs are strong'): run_train(run)
+    with pytest.raises(InputError, match='no pairs for method strong in epoch 2'): run_train(run)
     table[1:].to_csv(run / 'partition/partition.csv', index=False)
     with pytest.raises(InputError, match=f'no row for id {table["id"][0]}'): run_train(run)
     assert not called and not (run / 'models').exists()
