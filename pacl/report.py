@@ -328,7 +328,7 @@ def plot_curves(
         rows = table[table['part'] == part]
         names = list(dict.fromkeys(rows['x']))
         for name, (colour, marker) in looks.items():
-            q = rows[rows['series'] == name].assign(at=lambda t: t['x'].map(names.index))
+            q = rows[rows['series'] == name].assign(at=lambda t: t['x'].map(names.index).astype(float))  # a series may not be in this panel
             known, theirs = q.dropna(subset='value'), q.dropna(subset='paper') if 'paper' in q else q[:0]
             ends = [known['value'] - known['low'], known['high'] - known['value']]
             ax.errorbar(known['at'], known['value'], ends, c=colour, marker=marker, ms=5, elinewidth=.8, label=name)
