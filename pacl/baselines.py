@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .data import load_set
 from .encoders import save_backbone
-from .evaluators import load_evaluators
-from .stages import InputError, read_record
+from .evaluators import evaluators_of
+from .stages import InputError
 
 # %% ../nbs/08_baselines.ipynb #08-006
 def sentiments(
@@ -158,9 +158,7 @@ def phrase_responses(
     name: str,          # of a set
 ) -> np.ndarray:        # (N, A) float32 of `log_responses`, in the order of data/NAME.csv
     "The row SentiBank of Table 2: what `linear_probe` takes."
-    told = read_record(Path(run) / 'partition')['parameters']
-    _, evaluator, _ = load_evaluators(Path(run), **{k: told[k] for k in ('factual', 'phrases', 'sentences')})
-    return log_responses(evaluator, load_set(run, name)[1])
+    return log_responses(evaluators_of(run)[1], load_set(run, name)[1])
 
 # %% ../nbs/08_baselines.ipynb #08-033
 def bag_of_words(

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['OPENAI', 'CAFFE', 'resized', 'in_batches', 'OpenClip', 'read_pairs', 'best_phrases', 'ClipPhrases', 'read_caffe',
            'blob_array', 'CaffeNet', 'load_caffenet', 'convert_deepsentibank', 'SentiBank', 'Sentences',
-           'load_evaluators']
+           'load_evaluators', 'evaluators_of']
 
 # %% ../nbs/16_evaluators.ipynb #16-003
 import json
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .encoders import encode_texts, load_open_clip, load_text_encoder
-from .stages import InputError
+from .stages import InputError, read_record
 
 OPENAI = 'open_clip:ViT-B-32/openai'
 
@@ -243,3 +243,10 @@ def load_evaluators(
     if kind == 'deepsentibank': anp = SentiBank(path)
     if sentences != 'standins': sentiment = Sentences(sentences)
     return clip, anp, sentiment
+
+def evaluators_of(
+    run: Path,  # the profile's folder: partition/stage.json is read
+):  # -> as `load_evaluators`
+    "Those that the partition stage asked."
+    parameters = read_record(Path(run) / 'partition')['parameters']
+    return load_evaluators(Path(run), *(parameters[name] for name in ('factual', 'phrases', 'sentences')))

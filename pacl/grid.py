@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'OTHERS', 'TABLES', 'GRID', 'Experiment', 'lines', 'read_grid', 'asked', 'count_stages', 'flip',
-           'encode_as', 'vary', 'level_tasks', 'evaluate', 'kept_responses', 'clip_zero_shot', 'start_worker', 'do_row',
+           'encode_as', 'kept', 'vary', 'level_tasks', 'evaluate', 'clip_zero_shot', 'start_worker', 'do_row',
            'jobs_of', 'run_grid']
 
 # %% ../nbs/21_grid.ipynb #21-004
@@ -141,6 +141,16 @@ def encode_as(
         return encode_texts(raw_text_encoder(), texts)
     return encode_texts(load_text_encoder(name) if name else text_encoder_of(run), texts)
 
+def kept(
+    path: Path,  # .npy
+    compute,     # () → array, asked where the file is not there
+) -> np.ndarray:
+    "Computed once for all rows. Two processes may do so at once; each file is whole or not there."
+    if not path.exists():
+        np.save(part := path.with_name(f'.{path.stem}-{os.getpid()}.npy'), compute())
+        part.rename(path)
+    return np.load(path)
+
 def vary(
     posts: Posts,
     e: Experiment,
@@ -155,30 +165,21 @@ def vary(
     if e.partition != 'evaluators' and 'true' not in posts.partitions:
         raise InputError(f'{e.row}: there is no true partition of these posts; only the demo knows one. Ask for other tables.')
     if e.text_encoder or e.mismatched is not None:
-        path = keep / f'texts-{digest([e.text_encoder, e.noise, e.mismatched])}.npz'
-        if not path.exists():
-            texts, truth = table['text'].tolist(), np.array(posts.partitions.get('true', ()))
-            if e.mismatched is not None:
-                from pacl.world import draw_pairs, write_text
-                source = posts.run / 'world' / 'truth.csv'
-                shown = read_table(source, ['id', 'object', 'emotion'])
-                shown = in_post_order(source, shown, posts.ids, 'Run the world again.', True)
-                pairs = draw_pairs(rng, len(shown), e.noise, (1 - e.mismatched) ** .5, shown)
-                texts = [write_text(rng, p.text_object, p.text_emotion) for p in pairs.itertuples()]
-                truth = pairs['partition'].to_numpy()
-            part = path.with_name(f'.{path.stem}-{os.getpid()}.npz')
-            np.savez(part, text=encode_as(posts.run, e.text_encoder, texts).astype(np.float32), truth=truth.astype(str))
-            part.rename(path)
-        with np.load(path) as kept: posts.text, truth = torch.from_numpy(kept['text']), kept['truth']
-        if len(truth): posts.partitions['true'] = truth.astype(object)
+        texts = table['text'].tolist()
+        if e.mismatched is not None:
+            from pacl.world import draw_pairs, write_text
+            source = posts.run / 'world' / 'truth.csv'
+            shown = in_post_order(source, read_table(source, ['id', 'object', 'emotion']), posts.ids, 'Run the world again.', True)
+            pairs = draw_pairs(rng, len(shown), e.noise, (1 - e.mismatched) ** .5, shown)
+            texts = [write_text(rng, p.text_object, p.text_emotion) for p in pairs.itertuples()]
+            posts.partitions['true'] = pairs['partition'].to_numpy()
+        path = keep / f'texts-{digest([e.text_encoder, e.noise, e.mismatched])}.npy'
+        posts.text = torch.from_numpy(kept(path, lambda: encode_as(posts.run, e.text_encoder, texts).astype(np.float32)))
         posts.clusters['emotional'] = torch.from_numpy(cluster_features(posts.text.numpy(), r, seed))
     elif e.n_clusters:
         for kind, name in (('factual', 'image'), ('emotional', 'text')):
-            path = keep / f'{kind}-{r}.npy'
-            if not path.exists():
-                np.save(part := path.with_name(f'.{path.stem}-{os.getpid()}.npy'), cluster_features(posts.features(name, 0), r, seed))
-                part.rename(path)
-            posts.clusters[kind] = torch.from_numpy(np.load(path))
+            labels = kept(keep / f'{kind}-{r}.npy', lambda: cluster_features(posts.features(name, 0), r, seed))
+            posts.clusters[kind] = torch.from_numpy(labels)
     if e.threshold is not None:
         source = posts.run / 'partition' / 'partition.csv'
         scores = in_post_order(source, read_table(source, ['id', 'factual', 'emotional']), posts.ids, 'Run the partition again.')
@@ -238,7 +239,7 @@ def evaluate(
         levels = {level: both for task_name in group for level, both in level_tasks(tasks[name][task_name]).items()}
         same = [level for level in levels if level != 'label' and levels[level][0].classes == levels.get('label', levels[level])[0].classes]
         if same: levels.pop('label', None)  # it would be trained twice
-        for protocol in {'levels', 'pdanet'} & {*protocols} if name == datasets[0].split('/')[0] or 'levels' in group else ():
+        for protocol in [p for p in ('levels', 'pdanet') if p in protocols and (name == datasets[0].split('/')[0] or 'levels' in group)]:
             from pacl.baselines import PDANet
             for level, (task, prepared) in levels.items():
                 stages = learning_stages(run, model)
@@ -251,27 +252,13 @@ def evaluate(
                 if protocol == 'pdanet' and level in same: add('fine-tune', name, 'label', tasks[name]['label'], test, said[0], name_of)
     return pd.concat(found, ignore_index=True)
 
-def kept_responses(
-    run: Path,
-    keep: Path,  # folder
-    name: str,   # of a set
-) -> np.ndarray:  # (N, A) of `phrase_responses`, computed once for all seeds
-    from pacl.baselines import phrase_responses
-    path = keep / f'responses-{name}.npy'
-    if not path.exists():
-        np.save(part := path.with_name(f'.{path.stem}-{os.getpid()}.npy'), phrase_responses(run, name))
-        part.rename(path)
-    return np.load(path)
-
 def clip_zero_shot(
     run: Path,
     datasets: list,
 ) -> pd.DataFrame:  # as of `evaluate`
     "Table 3's baseline: the judge of Eq. 1, asked with the same prompts as PACL."
-    from pacl.evaluators import load_evaluators
-    asked_for = read_record(run / 'partition')['parameters']
-    clip, found, tasks = load_evaluators(run, *(asked_for[name] for name in ('factual', 'phrases', 'sentences')))[0], [], load_tasks(run)
-    embedded = {}
+    from pacl.evaluators import evaluators_of
+    clip, found, tasks, embedded = evaluators_of(run)[0], [], load_tasks(run), {}
     for name, task_name in (item.split('/') for item in datasets):
         table, images = load_set(run, name)
         test, task = split_rows(run, name, table)[2], tasks[name][task_name]
@@ -302,7 +289,8 @@ def do_row(job: tuple) -> str:  # (run, file to write, Experiment, seed, protoco
         folder = Path(folder) / 'model'
         if e.method == 'clip': predictions = clip_zero_shot(run, evaluation['datasets'])
         elif e.method == 'sentibank':
-            responses = functools.partial(kept_responses, run, out.parent)
+            from pacl.baselines import phrase_responses
+            def responses(name): return kept(out.parent / f'responses-{name}.npy', lambda: phrase_responses(run, name))
             predictions = evaluate(run, None, e.row, seed, protocols, **evaluation, responses=responses)
         else:
             if model is None and e.method == 'feng':

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .data import load_set
 from .encoders import augment, id_keys, load_backbone, save_backbone, split_backbone, to_input
-from .evaluators import load_evaluators
+from .evaluators import evaluators_of
 from .stages import InputError, progress, read_record
 from .train import must_be
 
@@ -174,8 +174,7 @@ def best_phrases(
     rows: np.ndarray,      # (n,) of pictures
 ) -> np.ndarray:           # (n,) 'adjective noun'
     "A of Eq. 2 (§3.1), the first of it."
-    asked = read_record(run / 'partition')['parameters']
-    anp = load_evaluators(run, *(asked[name] for name in ('factual', 'phrases', 'sentences')))[1]
+    anp = evaluators_of(run)[1]
     return np.array([phrase for at in range(0, len(rows), 4096) for phrase in anp.top_phrases(pictures[rows[at:at + 4096]], k=1)])
 
 def pretrain(

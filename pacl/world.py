@@ -168,8 +168,9 @@ def draw_pairs(
     moods = np.where(np.isin(emotions, POSITIVE), .58, .42) if social else np.ones(8)
     def draw(names, weights, unlike=None): return rng.choice(names, p=(w := weights * (np.array(names) != unlike)) / w.sum())
     rows = []
-    for i in range(n):
-        kind, emotion = (draw(kinds, topics), draw(emotions, moods)) if shown is None else shown[['object', 'emotion']].iloc[i]
+    given = [None] * n if shown is None else shown[['object', 'emotion']].to_numpy()
+    for picture in given:
+        kind, emotion = (draw(kinds, topics), draw(emotions, moods)) if picture is None else picture
         factual, emotional = rng.random(2) < matched
         elsewhere = ('' if rng.random() < .6 else draw(kinds[:5], topics[:5], kind)) if social else draw(kinds, topics, kind)
         feeling = emotion if emotional else draw(emotions, moods, emotion)

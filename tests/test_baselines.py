@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 from torch import nn
 
-import pacl.baselines as baselines
+from pacl import evaluators
 from pacl.baselines import (SUBJECTS, PDANet, bag_of_words, convert_emotionclip, log_responses, phrase_responses,
                             polarity_consistent_loss, sentiment_guided_loss, sentiment_penalty, sentiments)
 from pacl.datasets import single
@@ -372,7 +372,8 @@ def test_the_profiles_own_detector_is_asked(tmp_path, monkeypatch):
     np.save(tmp_path / 'data/new.npy', PICTURES)
     class Bank:
         def probabilities(self, images): return np.asarray(images).reshape(3, -1)[:, :4].astype(np.float32) + 1
-    monkeypatch.setattr(baselines, 'load_evaluators', lambda run, **k: (None, Bank(), None) if (run, k) == (tmp_path, told) else 1 / 0)
+    right = (tmp_path, *told.values())
+    monkeypatch.setattr(evaluators, 'load_evaluators', lambda *given: (None, Bank(), None) if given == right else 1 / 0)
     np.testing.assert_array_equal(phrase_responses(str(tmp_path), 'new'), log_responses(Bank(), PICTURES))
 
 

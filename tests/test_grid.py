@@ -262,12 +262,18 @@ def here(monkeypatch):
 SMALL = dict(datasets=['new/label', 'new/levels', 'seen/label'], probe_epochs=1, fine_tune_epochs=1)
 
 
-def test_the_stage_runs_a_table_and_goes_on(run, tmp_path, here, monkeypatch):
-    own = tmp_path / 'mini'
-    shutil.copytree(run, own)
-    path = tmp_path / 'grid.yaml'
-    path.write_text('table4:\n- {method: [initial, unpartitioned, factual, strong-partial, pacl]}\ntable5:\n- {threshold: [0.3, 0.53]}\n')
-    monkeypatch.setattr(grid_module, 'GRID', path)
+@pytest.fixture
+def with_grid(run, tmp_path, here, monkeypatch):
+    "with_grid(text): a copy of the run, and a grid that says so."
+    def make(text):
+        (tmp_path / 'grid.yaml').write_text(text)
+        monkeypatch.setattr(grid_module, 'GRID', tmp_path / 'grid.yaml')
+        return shutil.copytree(run, tmp_path / 'mini')
+    return make
+
+
+def test_the_stage_runs_a_table_and_goes_on(with_grid, monkeypatch):
+    own = with_grid('table4:\n- {method: [initial, unpartitioned, factual, strong-partial, pacl]}\ntable5:\n- {threshold: [0.3, 0.53]}\n')
     done, do = [], grid_module.do_row
     def stop_after_three(job):
         if len(done) == 3: raise RuntimeError('killed')
@@ -305,12 +311,8 @@ def test_what_is_wrong_is_said_before_any_work(run, given, said, monkeypatch):
     with pytest.raises(InputError, match=said): run_grid(run, **SMALL | given)
 
 
-def test_table_2_trains_each_level_alone(run, tmp_path, here, monkeypatch):
-    own = tmp_path / 'mini'
-    shutil.copytree(run, own)
-    path = tmp_path / 'grid.yaml'
-    path.write_text('table2:\n- {method: initial, protocols: [levels, pdanet]}\n')
-    monkeypatch.setattr(grid_module, 'GRID', path)
+def test_table_2_trains_each_level_alone(with_grid):
+    own = with_grid('table2:\n- {method: initial, protocols: [levels, pdanet]}\n')
     predictions = pd.read_csv(run_grid(own, tables='2', **SMALL) / 'predictions.csv', dtype=str)
     assert set(zip(predictions['row'], predictions['task'], predictions['level'])) == {
         ('initial', 'level_1', 'level_1'), ('initial', 'level_2', 'level_2'), ('initial + PDANet', 'level_1', 'level_1'),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from pacl import evaluators as evaluators_module
 from pacl import pretext
 from pacl.encoders import id_keys, load, load_backbone, split_backbone
 from pacl.pretext import (ORDERS, TASKS, Captioner, Heads, PixelHead, best_phrases, caption_loss, four_looks, number_words, pretrain, see,
@@ -53,14 +54,14 @@ def run(tmp_path_factory): return make_run(tmp_path_factory.mktemp('runs') / 'mi
 @pytest.fixture(autouse=True)
 def evaluators(monkeypatch):
     asked = []
-    monkeypatch.setattr(pretext, 'load_evaluators', lambda run, *names: asked.append(names) or (None, ByColour(), None))
+    monkeypatch.setattr(evaluators_module, 'load_evaluators', lambda run, *names: asked.append(names) or (None, ByColour(), None))
     return asked
 
 
 @pytest.fixture(scope='module')
 def trained(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretext, 'load_evaluators', lambda run, *names: (None, ByColour(), None))
+        patch.setattr(evaluators_module, 'load_evaluators', lambda run, *names: (None, ByColour(), None))
         pretrain(run, folder := tmp_path_factory.mktemp('trained') / 'feng', images=43, batch_size=4)
     return folder
 
