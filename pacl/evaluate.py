@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'ADJECTIVES', 'EVERYWHERE', 'CONTROLS', 'head_input', 'extract', 'head_loss', 'decode', 'quality', 'Probe',
            'train_heads', 'predict', 'train_and_test', 'named', 'linear_probe', 'fine_tune', 'class_prompts',
-           'zero_shot', 'colour_histogram', 'is_everywhere', 'read_runs', 'benchmark_inputs', 'learning_stages',
-           'split_rows', 'prediction_rows', 'evaluate_frozen', 'evaluate_tuned', 'pieces', 'run_evaluate']
+           'zero_shot', 'colour_histogram', 'standardised', 'is_everywhere', 'read_runs', 'benchmark_inputs',
+           'learning_stages', 'split_rows', 'prediction_rows', 'evaluate_frozen', 'evaluate_tuned', 'pieces',
+           'run_evaluate']
 
 # %% ../nbs/07_evaluate.ipynb #07-004
 import copy
@@ -208,6 +209,12 @@ def colour_histogram(
     counts = [np.bincount((image.astype(int) * bins // 256 + place).ravel(), minlength=3 * bins) for image in images]
     return np.stack(counts).astype(np.float32) / (images.shape[1] * images.shape[2])
 
+def standardised(
+    x: np.ndarray,      # (N, D)
+    train: np.ndarray,  # rows that give mean and deviation
+) -> np.ndarray:
+    return (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
+
 # %% ../nbs/07_evaluate.ipynb #07-027
 EVERYWHERE = ('initial', 'unpartitioned', 'strong', 'pacl')  # of the evaluators' partition
 CONTROLS = {'seen', 'object'}
@@ -271,8 +278,7 @@ def evaluate_frozen(
     (table, inputs), scores, predictions = benchmark_inputs(run, name), [], []
     rows = split_rows(run, name, table)
     if encoder['method'] == 'colour-histogram':
-        x = colour_histogram(load_set(run, name)[1])
-        x = (x - x[rows[0]].mean(0)) / (x[rows[0]].std(0) + 1e-6)
+        x = standardised(colour_histogram(load_set(run, name)[1]), rows[0])
     else: x = extract(inputs, learning_stages(run, encoder['model'])).cpu().numpy()
 
     splits, test, tasks = [(x[r], table.iloc[r]) for r in rows], table.iloc[rows[2]], load_tasks(run)[name]

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'OTHERS', 'TABLES', 'GRID', 'Experiment', 'lines', 'read_grid', 'asked', 'count_stages', 'flip',
-           'encode_as', 'kept', 'vary', 'level_tasks', 'evaluate', 'clip_zero_shot', 'start_worker', 'do_row',
-           'jobs_of', 'run_grid']
+           'encode_as', 'kept', 'vary', 'level_tasks', 'with_attention', 'evaluate', 'clip_zero_shot', 'start_worker',
+           'do_row', 'jobs_of', 'run_grid']
 
 # %% ../nbs/21_grid.ipynb #21-004
 import copy
@@ -14,6 +14,8 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -26,7 +28,8 @@ from .cluster import POLARITY, cluster_features
 from .data import in_post_order, load_set, load_tasks
 from .datasets import Task, read_table
 from .encoders import encode_texts, load_text_encoder, text_encoder_of
-from .evaluate import benchmark_inputs, extract, learning_stages, prediction_rows, read_runs, split_rows, train_and_test, zero_shot
+from .evaluate import (benchmark_inputs, extract, learning_stages, prediction_rows, read_runs, split_rows, standardised, train_and_test,
+                           zero_shot)
 from .partition import PARTITIONS, assign_partition
 from .stages import InputError, code_hashes, digest, file_hashes, nearest, progress, read_record, stage
 from .tables import NAMES
@@ -204,6 +207,11 @@ def level_tasks(
                              lambda table: table.assign(polarity=table[column].map(POLARITY)))
     return found
 
+def with_attention(stages, seed: int):
+    from pacl.baselines import PDANet
+    torch.manual_seed(seed)
+    return PDANet(stages)
+
 def evaluate(
     run: Path,
     model: Path | None,   # folder of an enhanced encoder; None: the initial one
@@ -214,42 +222,37 @@ def evaluate(
     probe_epochs: int, fine_tune_epochs: int, backbone_lr: float, order_seed: int,
     responses=None,       # set → (N, A) features in place of the encoder's
 ) -> pd.DataFrame:        # row, protocol, dataset, task, level, seed, id, label, prediction
-    tasks, found = load_tasks(run), []
-    tuning = dict(epochs=fine_tune_epochs, backbone_lr=backbone_lr, seeds=(order_seed + seed,))
-    def add(protocol, name, task_name, task, test, said, row=row):
-        about = dict(row=row, protocol=protocol, dataset=name, task=task_name, seed=seed)
-        found.append(prediction_rows(test['id'], task, task.targets(test), said).assign(**about))
+    tasks, found, sets, seeds = load_tasks(run), [], {}, (order_seed + seed,)
     if 'first' in protocols: protocols, datasets = ('linear',), datasets[:1]
-    for name in dict.fromkeys(item.split('/')[0] for item in datasets):
-        group = [item.split('/')[1] for item in datasets if item.split('/')[0] == name]
-        table, inputs = benchmark_inputs(run, name)
+    for item in datasets: sets.setdefault(item.split('/')[0], []).append(item.split('/')[1])
+    first, first_task = datasets[0].split('/')
+    for name, task_names in sets.items():
+        (table, inputs), known = benchmark_inputs(run, name), tasks[name]
         rows = split_rows(run, name, table)
         splits = [table.iloc[r] for r in rows]
+        def add(protocol, task_name, task, said, prepared=lambda table: table, row=row):
+            test, about = prepared(splits[2]), dict(row=row, protocol=protocol, dataset=name, task=task_name, seed=seed)
+            found.append(prediction_rows(test['id'], task, task.targets(test), said).assign(**about))
+        def tuned(task, prepared=lambda table: table, wrap=lambda stages: stages):  # what it says of the test pictures
+            stages, pairs = wrap(learning_stages(run, model)), zip([inputs[r] for r in rows], map(prepared, splits))
+            return train_and_test(task, *pairs, backbone=stages, epochs=fine_tune_epochs, backbone_lr=backbone_lr, seeds=seeds)[1][0]
         if 'linear' in protocols:
-            x = responses(name) if responses else extract(inputs, learning_stages(run, model)).cpu().numpy()
-            if responses: x = (x - x[rows[0]].mean(0)) / (x[rows[0]].std(0) + 1e-6)
-            for task_name in group:
-                task = tasks[name][task_name]
-                _, said = train_and_test(task, *zip([x[r] for r in rows], splits), epochs=probe_epochs, seeds=(order_seed + seed,))
-                add('linear', name, task_name, task, splits[2], said[0])
-        if 'fine-tune' in protocols and f'{name}/{group[0]}' == datasets[0]:
-            task = tasks[name][group[0]]
-            _, said = train_and_test(task, *zip([inputs[r] for r in rows], splits), backbone=learning_stages(run, model), **tuning)
-            add('fine-tune', name, group[0], task, splits[2], said[0])
-        levels = {level: both for task_name in group for level, both in level_tasks(tasks[name][task_name]).items()}
+            x = standardised(responses(name), rows[0]) if responses else extract(inputs, learning_stages(run, model)).cpu().numpy()
+            for task_name in task_names:
+                pairs = zip([x[r] for r in rows], splits)
+                add('linear', task_name, known[task_name],
+                    train_and_test(known[task_name], *pairs, epochs=probe_epochs, seeds=seeds)[1][0])
+        if 'fine-tune' in protocols and name == first: add('fine-tune', first_task, known[first_task], tuned(known[first_task]))
+        if name != first and 'levels' not in task_names: continue
+        levels = {level: both for task_name in task_names for level, both in level_tasks(known[task_name]).items()}
         same = [level for level in levels if level != 'label' and levels[level][0].classes == levels.get('label', levels[level])[0].classes]
         if same: levels.pop('label', None)  # it would be trained twice
-        for protocol in [p for p in ('levels', 'pdanet') if p in protocols and (name == datasets[0].split('/')[0] or 'levels' in group)]:
-            from pacl.baselines import PDANet
-            for level, (task, prepared) in levels.items():
-                stages = learning_stages(run, model)
-                if protocol == 'pdanet':
-                    torch.manual_seed(seed)
-                    stages = PDANet(stages)
-                _, said = train_and_test(task, *zip([inputs[r] for r in rows], map(prepared, splits)), backbone=stages, **tuning)
-                test, name_of = prepared(splits[2]), row + ' + PDANet' * (protocol == 'pdanet')
-                add('fine-tune', name, level, task, test, said[0], name_of)
-                if protocol == 'pdanet' and level in same: add('fine-tune', name, 'label', tasks[name]['label'], test, said[0], name_of)
+        for level, (task, prepared) in levels.items():
+            if 'levels' in protocols: add('fine-tune', level, task, tuned(task, prepared), prepared)
+            if 'pdanet' not in protocols: continue
+            said, name_of = tuned(task, prepared, functools.partial(with_attention, seed=seed)), f'{row} + PDANet'
+            add('fine-tune', level, task, said, prepared, name_of)
+            if level in same: add('fine-tune', 'label', known['label'], said, row=name_of)
     return pd.concat(found, ignore_index=True)
 
 def clip_zero_shot(
@@ -275,6 +278,7 @@ def start_worker(workers: int, run: Path):
     "In each process: one GPU of its own, or a fair share of the cores."
     end_with(os.getppid())
     os.environ['PACL_PROGRESS'] = os.devnull  # the loop's own bar says how far it is
+    warnings.filterwarnings('ignore', 'partition.csv: .* fewer than 2')  # γ = 0 and γ = 1 leave partitions empty on purpose
     number, = multiprocessing.current_process()._identity or (1,)  # 1, 2, … of this parent's
     if torch.cuda.is_available():
         os.environ['LOCAL_RANK'] = str((number - 1) % workers)
@@ -284,7 +288,7 @@ def start_worker(workers: int, run: Path):
 
 def do_row(job: tuple) -> str:  # (run, file to write, Experiment, seed, protocols, model or None, settings of 06, compute, of `evaluate`)
     run, out, e, seed, protocols, model, settings, (images, steps), evaluation = job
-    record = {}
+    record, began = {}, time.monotonic()
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         folder = Path(folder) / 'model'
         if e.method == 'clip': predictions = clip_zero_shot(run, evaluation['datasets'])
@@ -303,7 +307,8 @@ def do_row(job: tuple) -> str:  # (run, file to write, Experiment, seed, protoco
                 train(vary(start_worker.posts(), e, evaluation['order_seed'], out.parent), config, folder)
             if folder.exists(): record, model = json.loads((folder / 'record.json').read_text()), folder
             predictions = evaluate(run, model and Path(model).absolute(), e.row, seed, protocols, **evaluation)
-    about = asdict(e) | {'row': e.row, 'seed': seed, 'steps': record.get('steps'), 'images_seen': record.get('images_seen')}
+    about = asdict(e) | {'row': e.row, 'seed': seed, 'steps': record.get('steps'), 'images_seen': record.get('images_seen'),
+                         'seconds': round(time.monotonic() - began, 1)}
     out.with_suffix('.json').write_text(json.dumps(about))
     predictions.to_csv(part := out.with_name(f'.{out.name}'), index=False)
     part.rename(out)
@@ -367,8 +372,9 @@ def run_grid(
     jobs = [(run, parts / f'{digest([asdict(e), k, protocols])}.csv', e, k, protocols, folder and run / 'models' / folder,
              training, compute, evaluation) for (e, k), (protocols, folder) in work.items()]
     left = [job for job in jobs if not job[1].exists()]
+    at_once = torch.cuda.device_count() or os.cpu_count() or 1
     if left:
-        workers = min(torch.cuda.device_count() or os.cpu_count() or 1, len(left))
+        workers = min(at_once, len(left))
         with multiprocessing.get_context('spawn').Pool(workers, start_worker, (workers, run)) as pool:
             for _ in progress(pool.imap_unordered(do_row, left), 'runs of the grid', len(jobs), len(jobs) - len(left)): pass
     columns = 'row protocol dataset task level seed id label prediction'.split()
@@ -376,9 +382,11 @@ def run_grid(
     pd.concat([pd.DataFrame(columns=columns), *gathered])[columns].to_csv(out / 'predictions.csv', index=False)
     records = [json.loads(job[1].with_suffix('.json').read_text()) for job in jobs]
     settings = [f.name for f in fields(Experiment)]
-    pd.DataFrame(records, columns=['row', 'seed', *settings, 'steps', 'images_seen']).to_csv(out / 'runs.csv', index=False)
+    done = pd.DataFrame(records, columns=['row', 'seed', *settings, 'steps', 'images_seen', 'seconds'])
+    done.to_csv(out / 'runs.csv', index=False)
     listed = [dict(table=name, row=e.row, protocols=' '.join(protocols)) | asdict(e) for name in names for e, protocols in grid[name]]
     pd.DataFrame(listed, columns=['table', 'row', 'protocols', *settings]).drop_duplicates().to_csv(out / 'rows.csv', index=False)
     n_stages = 8 if (run / 'world').exists() else 6
     counts = count_stages(rows, runs['seed'].nunique(), n_stages) if rows else {'one by one': 0, 'shared': 0}
-    return {'runs': len(jobs), 'stage runs one by one': counts['one by one'], 'stage runs shared': counts['shared']}
+    minutes = round(float(done['seconds'].sum()) / at_once / 60, 1)  # of all starts: what was finished before a kill is not done again
+    return {'runs': len(jobs), 'minutes': minutes, 'stage runs one by one': counts['one by one'], 'stage runs shared': counts['shared']}

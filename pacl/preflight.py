@@ -125,18 +125,22 @@ def unreachable(name: str) -> str:  # why a model of the hub cannot be fetched; 
     return ''
 
 def find_weights(
-    wanted: dict,            # {parameter: value}
+    wanted: list,            # (parameter, value), …
 ) -> tuple[set, list]:       # parameters whose weights can be loaded now; lines and Missing
     from huggingface_hub import constants, try_to_load_from_cache
-    names = {parameter: on_the_hub(parameter, value) for parameter, value in wanted.items() if parameter != 'phrases'}
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
     def look(item):
         parameter, value = item
-        name, revision = names.get(parameter, ('', ''))
+        name, revision = on_the_hub(parameter, value) if parameter != 'phrases' else ('', '')
         kind, _, path = value.partition(':')
         if parameter == 'phrases' and (lacking := missing_path(parameter, kind, Path(path).expanduser())): return lacking
         clip = 'open_clip_' * value.startswith('open_clip:')
         files = (f'{clip}model.safetensors', f'{clip}pytorch_model.bin', 'model.safetensors.index.json')
         if not name: return f'{parameter:10} {value}: here'
+        try: validate_repo_id(name)
+        except HFValidationError:
+            return Missing(f'weights of {value} ({parameter})', f'{value} is not there, and no name that a hub could know', '',
+                           'Put the folder there, or give its true place, or a name of 02 or of the hub')
         if any(isinstance(try_to_load_from_cache(name, f, constants.HF_HUB_CACHE, revision or None), str) for f in files):
             return f'{parameter:10} {value}: in the cache'
         if not (why := unreachable(name)): return f'{parameter:10} {value}: will be fetched, the hub has {name}'
@@ -144,8 +148,8 @@ def find_weights(
                        f'{constants.ENDPOINT}/{name}',
                        f'With a network: hf download {name}; then copy the cache\'s folder models--{name.replace("/", "--")} here '
                        f'(HF_HOME moves the cache), or give a folder: {parameter}={clip and "open_clip:"}FOLDER')
-    with ThreadPool(8) as pool: found = dict(zip(wanted, pool.map(look, wanted.items())))
-    return {name for name, said in found.items() if str(said).endswith((': here', ': in the cache'))}, list(found.values())
+    with ThreadPool(8) as pool: found = pool.map(look, wanted)
+    return {name for (name, _), said in zip(wanted, found) if str(said).endswith((': here', ': in the cache'))}, found
 
 # %% ../nbs/17_preflight.ipynb #17-011
 GPU = torch.cuda.is_available()
@@ -293,7 +297,11 @@ def check(
     todo = {stage for stage, why in state.items() if why}
     worth = todo & {'data', 'features', 'partition', 'clusters', 'models', 'results'}  # the others take no weights, and little time
     sets, said = find_sets(run, given, 'data' in todo) if worth else ({}, [])
-    there, more = find_weights({k: given[k] for k, by in NEEDS.items() if by & todo and given.get(k) not in (None, '', 'standins')})
+    try: tables = named_tables(given['tables']) if 'experiments' in todo else []
+    except InputError as error: return [], [Missing('tables', str(error))]
+    wanted = [(k, given[k]) for k, by in NEEDS.items() if by & todo and given.get(k) not in (None, '', 'standins')]
+    if 'text' in tables: wanted += [('text_encoders', name) for name in given['text_encoders'] if name not in ('bag-of-words', 'minilm')]
+    there, more = find_weights(wanted)
     said += more
     if 'posts' in sets:
         n, images = len(sets['posts'][1]), sum(len(table) for _, table, _ in sets.values())
@@ -306,7 +314,7 @@ def check(
             jobs, plans = plan_training(given, partition, 'world' in stages)
             if 'experiments' in todo:
                 grid = read_grid(GRID, Experiment(), given['text_encoders'])
-                rows = {e for name in named_tables(given['tables']) for e, _ in grid[name]}
+                rows = {e for name in tables for e, _ in grid[name]}
             most = max(most for _, _, most in plans.values())
             at_once = min(given['chunk'] or most, -(-most // processes))
             found, broken = calibrate(given, todo, sets, there, at_once)
@@ -339,7 +347,7 @@ def check(
         views = n * given['views'] + images - n if given['trainable_stages'] else n
         work = {'data': {'read': images}, 'features': {'see': views, 'text': n}, 'partition': {'judge': n}, 'clusters': {'cluster': 2 * n},
                 'models': {'learn': passes}, 'results': {'see': seen, 'learn': learnt}}
-        if 'experiments' in todo and given['tables']:  # as many trainings as rows and seeds, but for those of the main results
+        if tables:  # as many trainings as rows and seeds, but for those of the main results
             work['experiments'] = {'learn': len(rows) * given['n_seeds'] * max(seen for _, seen, _ in plans.values()) / (gpus or 1)}
             said.append(f'grid       {len(rows)} rows for tables={given["tables"]}, at most {len(rows) * given["n_seeds"]} more trainings')
         times = {stage: sum(k / found[what] for what, k in parts.items()) for stage, parts in work.items()

@@ -295,19 +295,24 @@ def advice(
     table: pd.DataFrame,  # of `when_it_helps`
 ) -> list[str]:
     "Sentences from the numbers: where a gain or a loss is claimed, and what that means for a practitioner."
-    lines, net = [], {}
+    lines = []
     for (part, method), q in table.groupby(['part', 'series'], sort=False):
         won, lost, top = q['x'][q['low'] > 0], q['x'][q['high'] < 0], q.loc[q['value'].idxmax()]
-        net[method] = net.get(method, np.zeros(3, int)) + (len(won), len(lost), len(q))
         lines.append(f'{part} ({", ".join(q["x"])}): {method} gains at {", ".join(won) or "none"}, loses at {", ".join(lost) or "none"}; '
                      f'most at {top["x"]}, {points(*top[["value", "low", "high"]])}.')
-    if net:
-        best = max(net, key=lambda method: (net[method][0] - net[method][1]) / net[method][2])
-        won, lost, n = net[best]
-        lines.append(f'In practice: {best} is the safest choice, with {won} claimed gains and {lost} claimed losses in {n} settings. '
-                     'Judge a hundred of your pairs by eye first; above stands what the share that does not match promises.'
-                     if won > lost else
-                     'In practice: nothing gains more often than it loses here. Train on all pairs, without a partition, first.')
+    several = table[table.groupby('part')['series'].transform('nunique') > 1]  # a method that stands alone in a panel is not ahead there
+    counts = several.assign(won=several['low'] > 0, lost=several['high'] < 0).groupby('series', sort=False).agg(
+        won=('won', 'sum'), lost=('lost', 'sum'), n=('won', 'size'))
+    if len(counts):
+        tried = '; '.join(f'{q.Index} {q.won} and {q.lost} of {q.n}' for q in counts.itertuples())
+        net = (counts['won'] - counts['lost'])[counts['n'] == counts['n'].max()]  # tried in fewer settings: no basis to compare
+        best = list(net.index[net == net.max()])
+        lines += [f'Claimed gains and losses, where methods were tried side by side: {tried}.',
+                  'In practice: nothing gains more often than it loses here. Train on all pairs, without a partition, first.'
+                  if net.max() <= 0 else
+                  f'In practice: {" and ".join(best)} gain{"s" * (len(best) == 1)} most often'
+                  + ', equally: begin with the simpler. ' * (len(best) > 1) + '. ' * (len(best) == 1)
+                  + 'Judge a hundred of your pairs by eye first; above stands what the share that does not match promises.']
     return lines
 
 # %% ../nbs/22_report.ipynb #22-025
@@ -426,9 +431,11 @@ def what_ran(
         rows = {name: cells(r) for name, r in records.items()}
         return html_table(pd.DataFrame.from_dict(rows, orient='index', columns=columns).rename_axis('stage'), 'words')
     def code(r): return ', '.join(f'{module.split(".")[-1]} {value[:8]}' for module, value in r.get('code', {}).items())
-    seconds, devices = sum(r.get('seconds', 0) for r in records.values()), {r['device'] for r in records.values() if 'device' in r}
+    # the grid counts its rows, of all its starts; another stage that was stopped counts its last start
+    minutes = sum(r.get('result', {}).get('minutes', r.get('seconds', 0) / 60) for r in records.values())
+    devices = {r['device'] for r in records.values() if 'device' in r}
     models = seen.groupby('row', sort=False).agg(seeds=('seed', 'nunique'), images=('images_seen', 'mean'), steps=('steps', 'mean'))
-    return (f'<p>{len(seen)} trainings, {seconds / 60:.0f} minutes in all, on {html.escape(", ".join(sorted(devices)))}. Each model saw '
+    return (f'<p>{len(seen)} trainings, {minutes:.0f} minutes in all, on {html.escape(", ".join(sorted(devices)))}. Each model saw '
             f'{models["images"].min():,.0f} to {models["images"].max():,.0f} images, repeats counted. A step takes a batch of '
             'every active partition; a step of a method with fewer of them takes as many batches of what it has.</p>'
             + table(lambda r: (words(r.get('result', {})), f'{r.get("seconds", 0):,.0f}'), 'result', 'seconds')
@@ -460,7 +467,8 @@ def write_table(
         names = lines['title'].str.split(' · ').str[0]
         figure = plot_curves(lines.assign(x=lines['setting'].map('{:g}'.format), series=names).dropna(subset='test'), 'accuracy, %')
         figure.savefig(out / 'table5.png', dpi=120)
-        drawn = html_figure(out / 'table5.png', 'Linear evaluation along each sweep. Bands: 95 % intervals.', True)
+        drawn = html_figure(out / 'table5.png', 'Linear evaluation along each sweep. Bands: 95 % intervals. '
+                            'The paper’s row PACL stands at the profile’s own value.', True)
     known = f'<p class="note">{cells.count()} of the {len(cells)} cells of the paper’s table are on file; – is not.</p>' * bool(len(cells))
     return drawn + html_table(table[first]) + folded('The other metrics', html_table(table[~first])) + known
 

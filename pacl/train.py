@@ -670,7 +670,8 @@ def run_train(
     processes = min(processes, torch.cuda.device_count() or processes)  # one GPU has room for one
     settings = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
     methods = [(m, p) for m, p in (FULL if compare == 'full' else MAIN) if p in posts.partitions]
-    jobs = [TrainConfig(method=m, partition=p, seed=seed, **settings) for seed in range(n_seeds) for m, p in methods]
+    images = count_images(plan_steps(posts.partitions['evaluators'], TrainConfig(**settings)))  # of PACL; the true partition is another
+    jobs = [TrainConfig(method=m, partition=p, seed=seed, images=images, **settings) for seed in range(n_seeds) for m, p in methods]
     for job in jobs: plan_steps(posts.partitions[job.partition], job)  # what is wrong with the input is said here, not by torchrun
     del posts
     inputs = [digest(file_hashes(run / name)) for name in READS]

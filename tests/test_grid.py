@@ -2,6 +2,7 @@
 import itertools
 import json
 import multiprocessing.pool
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -290,6 +291,9 @@ def test_the_stage_runs_a_table_and_goes_on(with_grid, monkeypatch):
         'table4': ['initial', 'unpartitioned', 'factual partition', 'strong + partial', 'PACL'], 'table5': ['PACL, γ 0.3', 'PACL']}
     runs = pd.read_csv(folder / 'runs.csv')
     assert set(runs['row']) == {'factual partition', 'strong + partial', 'PACL, γ 0.3'} and set(runs['seed']) == {0, 1}
+    assert (runs['seconds'] > 0).all()
+    minutes = read_record(folder)['result']['minutes']  # those of the start that failed, too
+    assert minutes == pytest.approx(runs['seconds'].sum() / 60 / (os.cpu_count() or 1), abs=.06)
     assert runs['images_seen'].between(96 - 32, 96 + 32).all()  # the budget of PACL, up to a step
     predictions = pd.read_csv(folder / 'predictions.csv', dtype=str, keep_default_na=False)
     tasks = json.loads((own / 'data/tasks.json').read_text())
@@ -334,7 +338,7 @@ def test_no_table_is_no_work(run, tmp_path):
     own = tmp_path / 'mini'
     shutil.copytree(run, own)
     folder = run_grid(own)
-    assert read_record(folder)['result'] == {'runs': 0, 'stage runs one by one': 0, 'stage runs shared': 0}
+    assert read_record(folder)['result'] == {'runs': 0, 'minutes': 0., 'stage runs one by one': 0, 'stage runs shared': 0}
     assert len(pd.read_csv(folder / 'predictions.csv')) == len(pd.read_csv(folder / 'rows.csv')) == 0
 
 

@@ -115,6 +115,14 @@ def test_the_grid_has_its_time(complete):
     assert 'is none of 1, 2' in str(complete('tables=7')[1])
 
 
+def test_the_other_text_encoders_are_looked_for_where_a_table_asks(complete):
+    lines, missing = complete('tables=text', 'text_encoders=[bag-of-words, minilm, bert, skep, folder/of/mine]')
+    found = [m.what for m in missing]
+    assert found == ['weights of bert (text_encoders)', 'weights of folder/of/mine (text_encoders)']
+    assert missing[1].why.startswith('folder/of/mine is not there') and 'Put the folder there' in missing[1].remedy
+    assert [line for line in lines if line.startswith('text_encoders')] == ['text_encoders skep: in the cache']
+
+
 def test_a_damaged_download_shows_itself(tmp_path, complete, stand_ins, monkeypatch):
     shutil.copytree(stand_ins / 'hub', tmp_path / 'hub')
     from huggingface_hub import constants
@@ -223,17 +231,17 @@ def test_revisions_and_folders(tmp_path):
 def test_one_repository_holds_two_kinds_of_weights_and_many_revisions(hub):
     folder = in_hub(hub, 'timm/vit_base_patch32_clip_224.openai', 'a' * 40, ('main', 'v1'))
     (folder / 'model.safetensors').touch()
-    wanted = {'backbone': 'vit_clip', 'factual': 'open_clip:ViT-B-32/openai'}
+    wanted = [('backbone', 'vit_clip'), ('factual', 'open_clip:ViT-B-32/openai')]
     assert preflight.find_weights(wanted)[0] == {'backbone'}
     (folder / 'model.safetensors').rename(folder / 'open_clip_model.safetensors')
     assert preflight.find_weights(wanted)[0] == {'factual'}
     (folder / 'model.safetensors').touch()
-    assert preflight.find_weights({'backbone': 'vit_clip@v1'})[0] and not preflight.find_weights({'backbone': 'vit_clip@v2'})[0]
+    assert preflight.find_weights([('backbone', 'vit_clip@v1')])[0] and not preflight.find_weights([('backbone', 'vit_clip@v2')])[0]
 
 
 def test_weights_that_will_be_fetched(hub, monkeypatch):
     monkeypatch.setattr(preflight, 'unreachable', lambda name: '')
-    assert preflight.find_weights({'backbone': 'resnet50'}) == (set(), [
+    assert preflight.find_weights([('backbone', 'resnet50')]) == (set(), [
         'backbone   resnet50: will be fetched, the hub has timm/resnet50.a1_in1k'])
 
 

@@ -1050,6 +1050,8 @@ def test_the_stage_starts_every_method_with_every_seed(tmp_path, monkeypatch, co
     assert sorted(zip(table['method'], table['partition'], table['seed'])) == sorted((m, p, s) for m, p in runs for s in range(2))
     assert {'run', 'method', 'partition', 'seed', 'steps', 'images_seen'} <= set(table)
     assert sorted(f.name for f in out.iterdir() if f.is_dir()) == sorted(table['run']) and (table['temperature'] == .1).all()
+    pacl = plan_steps(Posts(run).partitions['evaluators'], TrainConfig(batch_size=8))
+    assert set(table['images']) == {count_images(pacl)}  # the true partition's runs as well
     (command, how), = called  # one start for all
     assert '--nproc_per_node=3' in command and how['env']['PACL_PARENT'] == str(os.getpid())
     assert read_record(out)['result']['runs'] == 2 * len(runs) and run_train(run, **settings) == out and len(called) == 1
