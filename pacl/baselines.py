@@ -157,7 +157,7 @@ def phrase_responses(
     run: Path,          # the profile's folder: data/, partition/ and what its evaluators need are read
     name: str,          # of a set
 ) -> np.ndarray:        # (N, A) float32 of `log_responses`, in the order of data/NAME.csv
-    "The row SentiBank of Table 2: what `linear_probe` takes."
+    "The row DeepSentiBank of Table 2: what `linear_probe` takes."
     return log_responses(evaluators_of(run)[1], load_set(run, name)[1])
 
 # %% ../nbs/08_baselines.ipynb #08-033

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .stages import figure
+
 # %% ../nbs/05_contrast.ipynb #05-006
 class LogFraction(torch.autograd.Function):
     "−log of the fraction in Eq. 3, one for each anchor. Exactly 0, as its gradient, where P ∪ N = P; finite nonsense where P is empty."
@@ -113,12 +115,12 @@ def plot_masks(
     text_names: list[str] | None = None,   # N tick labels, default T0, T1, …
 ):                                         # matplotlib Figure
     "Positives, kept and dropped negatives of each partition; image anchors above, text anchors below."
-    import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
     looks = {'dropped': ('#D55E00', 'x'), 'kept negative': ('#000000', '.'), 'positive': ('#009E73', 'o')}  # Okabe & Ito 2008
     n = len(next(iter(masks.values())).image_positives)
     image_names, text_names = image_names or [f'I{i}' for i in range(n)], text_names or [f'T{i}' for i in range(n)]
-    fig, axes = plt.subplots(2, len(masks), figsize=(3 * len(masks), 6.8), layout='constrained', squeeze=False)
+    fig = figure(3 * len(masks), 6.8)
+    axes = fig.subplots(2, len(masks), squeeze=False)
     fig.get_layout_engine().set(hspace=.06)
     for column, (partition, m) in enumerate(masks.items()):
         directions = [('image', image_names, text_names, m.image_positives, m.image_candidates),
@@ -134,7 +136,6 @@ def plot_masks(
             ax.set_yticks(range(n), rows, size=8)
     handles, names = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles[::-1], names[::-1], loc='outside upper center', ncols=3, frameon=False)
-    plt.close(fig)  # else the notebook shows it twice and a grid of runs keeps them all
     return fig
 
 # %% ../nbs/05_contrast.ipynb #05-026

@@ -4,8 +4,7 @@
 __all__ = ['PROMPTS', 'ADJECTIVES', 'EVERYWHERE', 'CONTROLS', 'head_input', 'extract', 'head_loss', 'decode', 'quality', 'Probe',
            'train_heads', 'predict', 'train_and_test', 'named', 'linear_probe', 'fine_tune', 'class_prompts',
            'zero_shot', 'colour_histogram', 'standardised', 'is_everywhere', 'read_runs', 'benchmark_inputs',
-           'learning_stages', 'split_rows', 'prediction_rows', 'evaluate_frozen', 'evaluate_tuned', 'pieces',
-           'run_evaluate']
+           'learning_stages', 'prediction_rows', 'evaluate_frozen', 'evaluate_tuned', 'pieces', 'run_evaluate']
 
 # %% ../nbs/07_evaluate.ipynb #07-004
 import copy
@@ -228,10 +227,12 @@ def read_runs(run: Path) -> pd.DataFrame:  # run, method, partition, seed, steps
 def benchmark_inputs(
     run: Path,  # the profile's folder
     name: str,  # of a set of data/tasks.json
-) -> tuple[pd.DataFrame, np.ndarray]:  # its table; what the learning stages take: cached outputs of the frozen stages, else the pictures
+) -> tuple:  # its table; what the learning stages take: cached outputs of the frozen stages, else the pictures; rows of train, val and test
     table, images = load_set(run, name)
+    rows = [np.flatnonzero(table['split'] == split) for split in ('train', 'val', 'test')]
+    if not all(map(len, rows)): raise InputError(f'{run}/data/{name}.csv lacks train, val or test pictures. Give it some of each.')
     early = Path(run) / 'features' / f'early_{name}.npy'
-    return table, np.load(early, mmap_mode='r') if early.exists() else images
+    return table, np.load(early, mmap_mode='r') if early.exists() else images, rows
 
 def learning_stages(
     run: Path,           # the profile's folder
@@ -241,15 +242,6 @@ def learning_stages(
     backbone = load(Path(run) / 'models' / model).backbone if model else load_backbone(facts['backbone'])
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     return split_backbone(backbone, facts['trainable_stages'])[1].to(device, memory_format=torch.channels_last).eval()
-
-def split_rows(
-    run: Path,
-    name: str,
-    table: pd.DataFrame,
-) -> list[np.ndarray]:  # rows of train, val and test
-    rows = [np.flatnonzero(table['split'] == split) for split in ('train', 'val', 'test')]
-    if not all(map(len, rows)): raise InputError(f'{run}/data/{name}.csv lacks train, val or test pictures. Give it some of each.')
-    return rows
 
 def prediction_rows(
     ids,                  # (n,) of the test pictures
@@ -275,8 +267,7 @@ def evaluate_frozen(
     text_features: dict,     # {prompt: (D_t,)}
 ) -> tuple:                  # scores and predictions: lists of tables
     "Linear evaluation of one encoder on one benchmark, and zero-shot where it learnt from texts."
-    (table, inputs), scores, predictions = benchmark_inputs(run, name), [], []
-    rows = split_rows(run, name, table)
+    (table, inputs, rows), scores, predictions = benchmark_inputs(run, name), [], []
     if encoder['method'] == 'colour-histogram':
         x = standardised(colour_histogram(load_set(run, name)[1]), rows[0])
     else: x = extract(inputs, learning_stages(run, encoder['model'])).cpu().numpy()
@@ -312,8 +303,7 @@ def evaluate_tuned(
     backbone_lr: float,
 ) -> tuple:                  # scores and predictions: lists of tables
     "Fine-tuning of one encoder for one task."
-    (table, inputs), task = benchmark_inputs(run, name), load_tasks(run)[name][task_name]
-    rows = split_rows(run, name, table)
+    (table, inputs, rows), task = benchmark_inputs(run, name), load_tasks(run)[name][task_name]
     found, said = train_and_test(task, *((inputs[r], table.iloc[r]) for r in rows), backbone=learning_stages(run, encoder['model']),
                                  backbone_lr=backbone_lr, epochs=epochs, seeds=(seed + k,))
     about, test = dict(protocol='fine-tune', task=task_name, seed=k), table.iloc[rows[2]]

@@ -3,16 +3,12 @@
 # %% auto #0
 __all__ = ['PARTITIONS', 'SCALES', 'POOLS', 'LOOKS', 'SHARD', 'pair_cosines', 'rescale', 'clip_score', 'emotion_score',
            'anp_cosines', 'assign_partition', 'read_partition', 'partition_quality', 'plot_partition', 'plot_gallery',
-           'threshold_sweep', 'plot_thresholds', 'suggest_threshold', 'score_cosines', 'to_scores', 'check_settings',
-           'score_pairs', 'needed', 'user_paths', 'score_posts', 'run_partition', 'main']
+           'threshold_sweep', 'plot_thresholds', 'suggest_threshold', 'score_cosines', 'to_scores', 'needed',
+           'user_paths', 'score_posts', 'run_partition']
 
 # %% ../nbs/03_partition.ipynb #03-004
-import argparse
-import inspect
 import json
-import os
 import shutil
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +18,7 @@ import pandas as pd
 
 from .data import in_post_order, load_set
 from .datasets import numbers, one_of, read_table
-from .stages import InputError, code_hashes, digest, file_hashes, in_shards, listing, read_record, stage
+from .stages import InputError, code_hashes, digest, figure, file_hashes, in_shards, listing, read_record, run_share, stage
 
 PARTITIONS = ('strong', 'emotional', 'factual', 'weak')
 SCALES = ('clipscore', 'cosine', 'minmax', 'rank')
@@ -151,9 +147,8 @@ def plot_partition(
     threshold: float = 0.7,  # γ, drawn as two lines
 ):  # -> matplotlib Figure
     "§3.1: both scores of every pair, and the four partitions that the threshold cuts them into."
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(4.5, 4.3), layout='constrained')
+    fig = figure(4.5, 4.3)
+    ax = fig.subplots()
     size = np.clip(4000 / max(len(table), 1), 3, 14)
     for name, (colour, marker) in LOOKS.items():
         rows = table[table['partition'] == name]
@@ -162,7 +157,6 @@ def plot_partition(
     ax.axvline(threshold, c='k', lw=.6); ax.axhline(threshold, c='k', lw=.6)
     ax.set(xlabel='factual score (0–1)', ylabel='emotional score (0–1)', xlim=(0, 1), ylim=(0, 1))
     fig.legend(loc='outside upper center', ncols=2, frameon=False, markerscale=(30 / size) ** .5)
-    plt.close(fig)
     return fig
 
 # %% ../nbs/03_partition.ipynb #03-029
@@ -174,9 +168,8 @@ def plot_gallery(
     seed: int = 0,         # which ones: drawn at random, not picked
 ):  # -> matplotlib Figure
     "As the paper's Fig. 3: posts of each partition with their scores and texts."
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(4, columns, figsize=(1.75 * columns + .4, 9.6), layout='constrained', squeeze=False)
+    fig = figure(1.75 * columns + .4, 9.6)
+    axes = fig.subplots(4, columns, squeeze=False)
     rng = np.random.default_rng(seed)
     for row, name in zip(axes, PARTITIONS):
         members = np.flatnonzero(table['partition'] == name)
@@ -186,7 +179,6 @@ def plot_gallery(
             ax.imshow(images[i])
             ax.set_title(f'factual {table["factual"].iloc[i]:.2f}  emotional {table["emotional"].iloc[i]:.2f}', fontsize=6.5)
             ax.set_xlabel(textwrap.fill(texts[i].replace('$', r'\$'), 26, max_lines=3, placeholder=' …'), fontsize=6.5)
-    plt.close(fig)
     return fig
 
 # %% ../nbs/03_partition.ipynb #03-032
@@ -216,10 +208,9 @@ def plot_thresholds(
     threshold: float = None,  # the chosen γ, drawn as a line
 ):  # -> matplotlib Figure
     "The four shares over γ; beside them, where the truth is known, how right and how complete the strong partition is."
-    import matplotlib.pyplot as plt
-
     known = 'precision' in sweep
-    fig, axes = plt.subplots(1, 1 + known, figsize=(4.2 + 4 * known, 3.4), layout='constrained', squeeze=False)
+    fig = figure(4.2 + 4 * known, 3.4)
+    axes = fig.subplots(1, 1 + known, squeeze=False)
     styles = dict(zip(PARTITIONS, ('-', '--', '-.', ':')))  # where both scores fill [0, 1] alike, two of the curves nearly coincide
     for name, rows in sweep.groupby('partition', sort=False):
         axes[0, 0].plot(rows['threshold'], rows['share'], styles[name], c=LOOKS[name][0], label=name)
@@ -233,7 +224,6 @@ def plot_thresholds(
         if threshold is not None: ax.axvline(threshold, c='k', lw=.6, label=f'γ = {threshold:.3g}')
         ax.set(xlabel='threshold γ', xlim=(0, 1), ylim=(0, 1.02))
         ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=3, frameon=False, fontsize=8)
-    plt.close(fig)
     return fig
 
 # %% ../nbs/03_partition.ipynb #03-037
@@ -289,16 +279,6 @@ def to_scores(
     return pd.DataFrame({'factual': rescale(cosines[:, 0], scale),
                          'emotional': rescale(cosines[:, 1], 'cosine' if scale == 'clipscore' else scale)})
 
-def check_settings(scale: str, pool: str) -> None:
-    "Raises ValueError for an unknown scale or pool: before any encoder runs."
-    for name, value, valid in (('scale', scale, SCALES), ('pool', pool, POOLS)):
-        if value not in valid: raise ValueError(f'{name} is "{value}", expected one of {", ".join(valid)}')
-
-def score_pairs(images, texts, clip, anp, sentiment, scale: str = 'clipscore', pool: str = 'sentence') -> pd.DataFrame:
-    "Eqs. 1 and 2 of every post: both of the above."
-    check_settings(scale, pool)
-    return to_scores(score_cosines(images, texts, clip, anp, sentiment, pool), scale)
-
 # %% ../nbs/03_partition.ipynb #03-042
 SHARD = 2048  # posts
 
@@ -352,7 +332,8 @@ def run_partition(
 ) -> dict:                        # {partition: number of posts}, and the two AUROC where the truth is known
     "§3.1 as a stage."
     assign_partition([], [], threshold)  # a wrong γ is said before hours of scoring, not after
-    check_settings(scale, pool)
+    for name, value, valid in (('scale', scale, SCALES), ('pool', pool, POOLS)):
+        if value not in valid: raise InputError(f'{name} is "{value}", expected one of {", ".join(valid)}')
     shards = score_posts(run, factual, phrases, sentences, pool)
     posts, _ = load_set(run, 'posts')
     scores = to_scores(np.concatenate([np.load(path) for path in shards]), scale)
@@ -375,17 +356,5 @@ def run_partition(
     return result
 
 # %% ../nbs/03_partition.ipynb #03-044
-def main():
-    "What torchrun starts: this process's share of the shards."
-    parser = argparse.ArgumentParser('pacl.partition', description='Scores posts in as many processes as torchrun starts (§3.1).')
-    parser.add_argument('run', type=Path, help='a folder with data/')
-    for name in ('factual', 'phrases', 'sentences', 'pool'):
-        parser.add_argument(f'--{name}', default=inspect.signature(score_posts).parameters[name].default)
-    if 'LOCAL_RANK' in os.environ:
-        import torch
-        if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    score_posts(**vars(parser.parse_args()), rank=int(os.environ.get('RANK', 0)), ranks=int(os.environ.get('WORLD_SIZE', 1)))
-
 if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
-    try: main()
-    except InputError as error: sys.exit(f'InputError: {error}')
+    run_share(score_posts, 'pacl.partition', 'Scores posts in as many processes as torchrun starts (§3.1).')

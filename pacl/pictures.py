@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .stages import InputError, code_hashes, digest, disk_errors, progress
+from .stages import InputError, code_hashes, digest, disk_errors, figure, progress
 
 # %% ../nbs/14_pictures.ipynb #14-006
 def upright_rgb(
@@ -213,17 +213,15 @@ def contact_sheet(
     width: int = 24,          # characters in a line of a caption; longer texts go on below, at most 3 lines
 ):  # -> matplotlib Figure
     "Pictures with their texts, as a reader of the feed would see them."
-    import matplotlib.pyplot as plt
-
     rows = -(-len(images) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.95 * rows), layout='constrained', squeeze=False)
+    fig = figure(1.5 * columns, 1.95 * rows)
+    axes = fig.subplots(rows, columns, squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for ax, image, caption in zip(axes.flat, images, captions):
         ax.imshow(image)
         # $ would begin a formula
         caption = textwrap.fill(caption.replace('$', r'\$'), width, max_lines=3, placeholder=' …')
         ax.text(0.5, -0.04, caption, transform=ax.transAxes, ha='center', va='top', fontsize=6.5)
-    plt.close(fig)
     return fig
 
 # %% ../nbs/14_pictures.ipynb #14-024

@@ -26,7 +26,7 @@ import torch
 
 from . import datasets
 from .cluster import cluster_features
-from .data import PUBLISHED, load_set, load_tasks, named
+from .data import PUBLISHED, load_set, load_tasks, named, task_name
 from .encoders import BACKBONES, TEXT_ENCODERS, augment, encode_texts, load_backbone, load_text_encoder, split_backbone, to_input
 from .evaluate import evaluate_tuned, pieces
 from .evaluators import load_evaluators
@@ -35,7 +35,7 @@ from .grid import asked as named_tables
 from .partition import PARTITIONS, score_cosines
 from .pictures import read_images
 from .pipeline import clock, shown
-from .stages import InputError, read_record, why_stale
+from .stages import InputError, nearest, read_record, why_stale
 from .train import FULL, MAIN, TrainConfig, count_images, plan_steps
 
 # %% ../nbs/17_preflight.ipynb #17-005
@@ -90,7 +90,7 @@ def find_sets(
             n, of = PUBLISHED.get(name, (len(table), ''))
             line = f'{role:10} {text}: {len(table):,} rows' + f'; published: {n:,} {of}' * (n != len(table))
             if bad := sum(table['missing'] != ''): line += f'; {bad:,} without picture or text will be left out'
-            return text if role != 'posts' else role, line, (root, table, {task or name: about} if role != 'posts' else {})
+            return text if role != 'posts' else role, line, (root, table, {task_name(name, task, about): about} if role != 'posts' else {})
         except InputError as error: return text, Missing(f'{text} ({role})', str(error)), None
     entries = [('posts', given['posts']), *(('benchmark', text) for text in given['benchmarks'])]
     with ThreadPool(8) as pool: found = pool.map(look, entries)  # texts in files of their own: the disk is what one waits for
@@ -297,12 +297,16 @@ def check(
     todo = {stage for stage, why in state.items() if why}
     worth = todo & {'data', 'features', 'partition', 'clusters', 'models', 'results'}  # the others take no weights, and little time
     sets, said = find_sets(run, given, 'data' in todo) if worth else ({}, [])
-    try: tables = named_tables(given['tables']) if 'experiments' in todo else []
+    try: tables = named_tables(given['tables'], 'world' in stages) if 'experiments' in todo else []
     except InputError as error: return [], [Missing('tables', str(error))]
     wanted = [(k, given[k]) for k, by in NEEDS.items() if by & todo and given.get(k) not in (None, '', 'standins')]
     if 'text' in tables: wanted += [('text_encoders', name) for name in given['text_encoders'] if name not in ('bag-of-words', 'minilm')]
     there, more = find_weights(wanted)
     said += more
+    if tables and not any(isinstance(line, Missing) for line in said):
+        known = [f'{key.partition(":")[0].partition("/")[0]}/{task}' for key, (_, _, tasks) in sets.items() for task in tasks]
+        said += [Missing('datasets', f'"{name}" is no SET/TASK of the benchmarks; {nearest(name, known)}', '', 'Correct it')
+                 for name in given['datasets'] if known and name not in known]  # the demo's are yet to be drawn
     if 'posts' in sets:
         n, images = len(sets['posts'][1]), sum(len(table) for _, table, _ in sets.values())
         known = 'partition' not in todo and read_record(run / 'partition')

@@ -20,9 +20,9 @@ import pandas as pd
 
 from .data import load_tasks
 from .evaluate import CONTROLS, read_runs
-from .metrics import score
-from .stages import InputError, nearest, read_record, stage
-from .tables import METRIC_NAMES, NOTE, answers, difference, row_names, to_markdown
+from .metrics import METRICS, score
+from .stages import InputError, figure, nearest, read_record, stage
+from .tables import METRIC_NAMES, answers, difference, note, row_names, to_markdown
 
 # %% ../nbs/22_report.ipynb #22-006
 PAPER = Path(__file__).parents[1] / 'data' / 'paper' if '__file__' in globals() else Path('../data/paper')
@@ -61,6 +61,7 @@ class Ours:
     "The answers of one run folder; `value` and `difference` give None where a row did not take the test."
     def __init__(self, found: dict):  # of `answers`
         self.found, self.rows = found, list(dict.fromkeys(row for row, *_ in found))
+        self.kinds = {key[1:]: a.task.kind for key, a in found.items()}
         self.tests = [Column(*key, *column) for key, a in {key[1:]: a for key, a in found.items()}.items() for column in
                       (zip(a.task.columns, a.task.sizes) if a.task.chooses else [('mean', len(a.task.columns))])]
         self.linear = [t for t in self.tests if t.protocol == 'linear' and t.task == t.level]  # one label
@@ -68,13 +69,12 @@ class Ours:
         self.compared = functools.cache(lambda a, b, *key: difference(found[a, *key], found[b, *key]))
 
     @classmethod
-    def of(cls, run: Path, experiments: bool = False):
+    def of(cls, run: Path, experiments: bool):
         tasks, found = load_tasks(run), {}
         for name in ['experiments'] * experiments + ['results']:  # a row of both is the main run's
-            table = pd.read_csv(run / name / 'predictions.csv', dtype=str, keep_default_na=False)
-            found |= answers(table, tasks)
+            found |= answers(pd.read_csv(run / name / 'predictions.csv', dtype=str, keep_default_na=False), tasks)
         # the classifier is all there is to tune on responses that are fixed: Table 2
-        return cls(found | {(row, 'fine-tune', *key): a for (row, _, *key), a in found.items() if row == 'SentiBank'})
+        return cls(found | {(row, 'fine-tune', *key): a for (row, _, *key), a in found.items() if row == 'DeepSentiBank'})
 
     def value(self, row: str, test: Column, metric: str) -> dict | None:  # in % where the metric is a share
         if (key := (row, *test[:3])) not in self.found: return None
@@ -89,28 +89,32 @@ class Ours:
 
 # %% ../nbs/22_report.ipynb #22-012
 STANDS = ('FI/8=new/label', 'FI/2=new/level_1', 'WebEmo/2=new/level_1', 'WebEmo/6=new/level_2', 'WebEmo/25=new/level_3',
-          'Emotion-6=seen/label', 'Emotic=mixed/labels', 'Emotic-VAD=mixed/vad')
+          'Emotion-6=seen/label', 'Emotic=mixed/labels', 'Emotic-VAD=mixed/vad',
+          'Emotic-VAD=emotic/vad', 'WebEmo/6=webemo/level_2')  # the paper's own; WebEmo's data have seven classes there, its tables six
 
-def read_stands(stand_for: list, known: list) -> dict:  # 'PAPER=OURS', our sets → {paper's set or set/classes, lower case: ours}
+def read_stands(stand_for: list, tasks: dict) -> dict:  # 'PAPER=OURS', {set: {task: Task}} → {paper's set or set/classes, lower case: ours}
     "Raises InputError for an entry that is no pair, or names a set that the run does not have."
     pairs = [entry.partition('=') for entry in stand_for]
     for theirs, _, ours in pairs:
-        name = ours.partition('/')[0]
-        if name not in known:
-            raise InputError(f'stand_for: "{theirs}={ours}" is not PAPER=OURS with a set of this run; {nearest(name, known)}')
+        name, _, wanted = ours.partition('/')
+        if name not in tasks:
+            raise InputError(f'stand_for: "{theirs}={ours}" is not PAPER=OURS with a set of this run; {nearest(name, tasks)}')
+        columns = {*tasks[name]} | {column for task in tasks[name].values() for column in task.columns}
+        if wanted and wanted not in columns:
+            raise InputError(f'stand_for: "{theirs}={ours}": {name} has no such task or level; {nearest(wanted, columns)}')
     return {theirs.lower(): ours for theirs, _, ours in pairs}
 
 def stand_in(
     column: dict,         # dataset, level, protocol of the paper
     stands: dict,         # of `read_stands`; a set that is not in it stands for itself
     tests: list,          # of `Ours`
-    alone: bool = False,  # prefer a level that was learnt alone, Table 2
+    alone: bool = False,  # a level must have been learnt alone, Table 2
 ) -> Column | None:
     name = column['dataset'].lower()
     dataset, _, wanted = stands.get(f'{name}/{column["level"]}', stands.get(name, name)).partition('/')
     fits = [t for t in tests if (t.protocol, t.dataset) == (column['protocol'], dataset)
-            and (wanted in (t.task, t.level) if wanted else t.size == int(column['level']))]
-    return min(fits, key=lambda t: (t.task == t.level) != alone, default=None)
+            and (wanted in (t.task, t.level) if wanted else t.size == int(column['level'])) and (t.task == t.level or not alone)]
+    return min(fits, key=lambda t: t.task == t.level, default=None)
 
 # %% ../nbs/22_report.ipynb #22-015
 FIRST = ('accuracy', 'average_precision', 'r2')  # of each kind of task
@@ -135,7 +139,8 @@ def beside(
         test = stand_in(dict(zip(KEYS, key)), stands, ours.tests, alone)
         columns[None if (test, key[-1]) in {c[:2] for c in columns} else test, key[-1], key] = cells.set_index('row')
     used = {c[0] for c in columns}
-    columns |= {(test, 'accuracy', None): paper[:0].set_index('row') for test in extra if test not in used}
+    for test in [test for test in extra if test not in used]:
+        columns[test, next(m for m in METRICS[ours.kinds[test[:3]]][1] if m in FIRST), None] = paper[:0].set_index('row')
     rows, lines = list(dict.fromkeys([*also, *paper['row']])), []
     for (test, metric, key), cells in columns.items():
         known, name = cells['value'].dropna(), key and f'{key[1]}, {key[2]}'
@@ -179,14 +184,17 @@ def all_tables(
     own: dict,       # {sweep: the profile's own value}
 ) -> dict:           # {table: of `beside`, with `part`: backbone or sweep; Table 5 `setting`}, of tables with two rows of ours
     ours, first, no_paper = next(iter(runs.values())), papers['table1'], papers['table4'][:0]
-    objects, emotions = ([t for t in ours.linear if (t.task == 'object') == wanted] for wanted in (True, False))
+    emotions, standing = [t for t in ours.linear if t.task != 'object'], {name.partition('/')[0] for name in stands.values()}
+    standing |= {*first['dataset'].str.lower()}  # other sets are the user's own
     texts = [row for row in ours.rows if row.startswith('PACL, text ')]
     blocks = {name: first[first['backbone'] == BACKBONES.get(name.split(',')[0], 'ResNet-50')] for name in runs}
-    firsts = [beside(runs[name], cells, stands, FIRST_ROWS).assign(part=name) for name, cells in blocks.items()]
+    firsts = [beside(runs[name], cells, stands, FIRST_ROWS, [t for t in runs[name].tests if t.dataset not in standing
+                                                             and 'zero' not in t.protocol and t.task not in CONTROLS]).assign(part=name)
+              for name, cells in blocks.items()]
     shown = {'table1': pd.concat(firsts),
              'table2': beside(ours, papers['table2'], stands, ('initial',), alone=True),
              'table3': beside(ours, papers['table3'], stands, ('unpartitioned', 'strong only')),
-             'table4': beside(ours, papers['table4'], stands, extra=objects), 'table5': [],
+             'table4': beside(ours, papers['table4'], stands, extra=ours.linear), 'table5': [],
              'text': beside(ours, no_paper, stands, ('initial', *texts, 'PACL') if texts else (), emotions)}
     for sweep, cells in papers['table5'].groupby('sweep', sort=False):
         setting = dict(zip(cells['row'], cells['setting'])) | {'PACL': own.get(sweep)}
@@ -206,13 +214,15 @@ def check_claims(
     shown: dict,           # of `all_tables`
     runs: dict,            # {backbone: Ours}
 ) -> pd.DataFrame:         # the claim's columns; test, metric, difference, low, high, verdict: a row for each test that both rows took
-    found, main = [], next(iter(runs.values()))
+    found, counted = [], set()
     for claim in claims.to_dict('records'):
         lines = shown.get(claim['table'], pd.DataFrame(columns=[*LINES, 'part']))
         parts = lines['part'] if claim['table'] == 'table1' else ''  # the tests of the three sweeps of Table 5 are the same
         for q in lines.assign(part=parts).drop_duplicates(['part', 'title']).itertuples():
-            if q.extra or q.metric not in FIRST or not isinstance(q.test, Column): continue
-            if d := runs.get(q.part, main).difference(claim['better'], claim['worse'], q.test, q.metric):
+            if q.metric not in FIRST or not isinstance(q.test, Column) or q.extra and q.test.task in CONTROLS: continue
+            key = q.part if q.part in runs else next(iter(runs)), claim['better'], claim['worse'], q.test, q.metric
+            if key not in counted and (d := runs[key[0]].difference(*key[1:])):
+                counted.add(key)  # two tables may hold the same test
                 verdict = VERDICTS[0 if d[1] > 0 else 3 if d[2] < 0 else 1 if d[0] > 0 else 2]
                 found.append(claim | dict(test=q.title, metric=q.metric, difference=d[0], low=d[1], high=d[2], verdict=verdict))
     return pd.DataFrame(found, columns=[*claims.columns, 'test', 'metric', 'difference', 'low', 'high', 'verdict'])
@@ -238,8 +248,8 @@ def in_short(
     stated = sum(not q['source'].iloc[0].startswith('implied') for q in groups.values())
     claimed, same, other, against = (n.get(v, 0) for v in VERDICTS)
     said = [f'{len(groups)} of the paper’s orderings of two rows could be tested ({stated} that it states, the others implied by its '
-            f'argument), each on every test of its table: {len(checks)} comparisons. {claimed + same} have the paper’s sign, {claimed} of '
-            f'them claimed; {other + against} have the other sign or none, {against} of them claimed.']
+            f'argument), each on every test of its table, once: {len(checks)} comparisons. {claimed + same} have the paper’s sign, '
+            f'{claimed} of them claimed; {other + against} have the other sign or none, {against} of them claimed.']
     if len(orders): said.append(f'Whole order: in {len(orders)} columns with three or more of the paper’s cells on file, Kendall’s τ is '
                                 f'{orders["kendall"].mean():+.2f} and Spearman’s ρ {orders["spearman"].mean():+.2f} on average.')
     below = {'Agrees with the paper (tests with its sign)': [], 'Contradicts the paper in at least one test': [],
@@ -249,7 +259,7 @@ def in_short(
         low = q.loc[q['high'].idxmin()]
         reverse = (f'; the reverse claimed in {against}, {points(*low[["difference", "low", "high"]], low["metric"])} on '
                    f'{" · ".join(low["test"].split(" · ")[:2])}')
-        below[list(below)[1 if against else 0 if claimed else 2]].append(
+        below[list(below)[1 if against else 0 if claimed and 2 * (claimed + same) > len(q) else 2]].append(
             f'{better} over {worse} (Table {table[-1]}: {claimed + same} of {len(q)}'
             + f', {claimed} claimed' * bool(claimed) + reverse * bool(against) + ')')
     return said + [f'{title}: {"; ".join(lines)}.' for title, lines in below.items() if lines]
@@ -258,6 +268,7 @@ def in_short(
 PARTS = [('any training on the posts', 'unpartitioned', 'initial'), ('strong pairs alone', 'strong only', 'unpartitioned'),
          ('+ partial pairs', 'strong + partial', 'strong only'), ('+ weak pairs', 'PACL', 'strong + partial'),
          ('+ partial and weak pairs', 'PACL', 'strong only'), ('all of it', 'PACL', 'unpartitioned'),
+         ('all of it, over no training', 'PACL', 'initial'),
          ('factually matched, + mismatched', 'factual partition', 'factual partition, matched'),
          ('emotionally matched, + mismatched', 'emotional partition', 'emotional partition, matched'),
          ('factual judge, + emotional', 'PACL', 'factual partition'), ('emotional judge, + factual', 'PACL', 'emotional partition'),
@@ -301,11 +312,13 @@ def advice(
         lines.append(f'{part} ({", ".join(q["x"])}): {method} gains at {", ".join(won) or "none"}, loses at {", ".join(lost) or "none"}; '
                      f'most at {top["x"]}, {points(*top[["value", "low", "high"]])}.')
     several = table[table.groupby('part')['series'].transform('nunique') > 1]  # a method that stands alone in a panel is not ahead there
+    several = several.drop_duplicates(['series', 'value', 'low', 'high'])  # two panels may share a run
     counts = several.assign(won=several['low'] > 0, lost=several['high'] < 0).groupby('series', sort=False).agg(
         won=('won', 'sum'), lost=('lost', 'sum'), n=('won', 'size'))
     if len(counts):
         tried = '; '.join(f'{q.Index} {q.won} and {q.lost} of {q.n}' for q in counts.itertuples())
-        net = (counts['won'] - counts['lost'])[counts['n'] == counts['n'].max()]  # tried in fewer settings: no basis to compare
+        net = counts['won'] - counts['lost']
+        if (most := net[counts['n'] == counts['n'].max()]).max() > 0: net = most  # the others were tried in fewer settings
         best = list(net.index[net == net.max()])
         lines += [f'Claimed gains and losses, where methods were tried side by side: {tried}.',
                   'In practice: nothing gains more often than it loses here. Train on all pairs, without a partition, first.'
@@ -323,11 +336,10 @@ def plot_curves(
     label: str,           # of the y axis
 ):  # -> matplotlib Figure
     "Means with 95 % bands; the paper's numbers, from other data, dashed and open."
-    import matplotlib.pyplot as plt
-
     parts, looks = table['part'].unique(), dict(zip(table['series'].unique(), SERIES))
     size, wide = -(-len(parts) // 3), min(3, len(parts))
-    fig, axes = plt.subplots(size, wide, figsize=(1 + 3.2 * wide, .5 + 2.9 * size), layout='constrained', squeeze=False, sharey=True)
+    fig = figure(1 + 3.2 * wide, .5 + 2.9 * size)
+    axes = fig.subplots(size, wide, squeeze=False, sharey=True)
     for ax in axes.flat[len(parts):]: ax.axis('off')
     for ax, part in zip(axes.flat, parts):
         rows = table[table['part'] == part]
@@ -344,14 +356,12 @@ def plot_curves(
     for ax in axes[:, 0]: ax.set_ylabel(label)
     handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles, loc='outside upper center', ncols=4, frameon=False, fontsize=8)
-    plt.close(fig)
     return fig
 
 def plot_parts(table: pd.DataFrame):  # of `contributions` -> matplotlib Figure
-    import matplotlib.pyplot as plt
-
     parts, series = list(table['part'].unique()), list(table['series'].unique())
-    fig, ax = plt.subplots(figsize=(6, .9 + .5 * len(parts)), layout='constrained')
+    fig = figure(6, .9 + .5 * len(parts))
+    ax = fig.subplots()
     for k, ((colour, marker), name) in enumerate(zip(SERIES, series)):
         q = table[table['series'] == name]
         y = q['part'].map(parts.index) + .17 * (k - (len(series) - 1) / 2)
@@ -360,7 +370,6 @@ def plot_parts(table: pd.DataFrame):  # of `contributions` -> matplotlib Figure
     ax.axvline(0, c='k', lw=.8)
     ax.set(yticks=range(len(parts)), yticklabels=parts, xlabel='points of accuracy, linear evaluation', ylim=(len(parts) - .4, -.6))
     fig.legend(loc='outside upper center', ncols=4, frameon=False, fontsize=8)
-    plt.close(fig)
     return fig
 
 # %% ../nbs/22_report.ipynb #22-028
@@ -436,8 +445,10 @@ def what_ran(
     devices = {r['device'] for r in records.values() if 'device' in r}
     models = seen.groupby('row', sort=False).agg(seeds=('seed', 'nunique'), images=('images_seen', 'mean'), steps=('steps', 'mean'))
     return (f'<p>{len(seen)} trainings, {minutes:.0f} minutes in all, on {html.escape(", ".join(sorted(devices)))}. Each model saw '
-            f'{models["images"].min():,.0f} to {models["images"].max():,.0f} images, repeats counted. A step takes a batch of '
-            'every active partition; a step of a method with fewer of them takes as many batches of what it has.</p>'
+            f'{models["images"].min():,.0f} to {models["images"].max():,.0f} images, repeats counted, in '
+            f'{models["steps"].min():,.0f} to {models["steps"].max():,.0f} steps. A step takes a batch of '
+            'every active partition; a step of a method with fewer of them takes as many batches of what it has. Where a third of the '
+            'schedule has no pairs at all (γ = 1: weak pairs alone), the steps are fewer.</p>'
             + table(lambda r: (words(r.get('result', {})), f'{r.get("seconds", 0):,.0f}'), 'result', 'seconds')
             + folded('Images and steps of each model', html_table(models.map('{:,.0f}'.format)))
             + folded('Parameters, code, versions', f'<p>{html.escape(words(records["tables"].get("packages", {})))}</p>'
@@ -474,26 +485,29 @@ def write_table(
 
 @stage('report', reads=lambda p: ('data', 'features', 'partition', 'clusters', 'models', 'results', 'tables',
                                   *['experiments'] * bool(p['tables'])),
-       outside=lambda p: [*(Path(f) / name for f in p['also'] for name in ('features', 'results')), Path(p['paper'] or PAPER)])
+       outside=lambda p: [*(Path(f) / name for f in p['also'] for name in ('features', 'results', 'experiments')
+                            if (Path(f) / name).exists()), Path(p['paper'] or PAPER)])
 def run_report(
     run: Path,               # the profile's folder
     out: Path,               # given by @stage: report.html; tableN, text (md, tex, csv); claims, order, parts, when (csv); figures (png)
     *,
-    stand_for: list = [],    # 'PAPER=OURS' or 'PAPER/CLASSES=OURS/COLUMN'; empty: what STANDS says of our sets, else equal names
+    stand_for: list = [],    # 'PAPER=OURS' or 'PAPER/CLASSES=OURS/COLUMN': more than STANDS says; else equal names
     also: list = [],         # other run folders, of other backbones
     tables: str = '',        # not empty: experiments/ is read too
     paper: str = '',         # folder of the paper's numbers; empty: the repository's
 ) -> dict:                   # how many tables, and how many signs are as in the paper
     "Tables 1–5 beside the paper's, and the page."
     papers = {name: read_paper(name, Path(paper or PAPER)) for name in (*(f'table{i}' for i in range(1, 6)), 'claims', 'text')}
-    runs, records, sets, drawn = {}, stage_records(run), list(load_tasks(run)), run / 'tables' / 'figures'
+    runs, records, tasks, drawn = {}, stage_records(run), load_tasks(run), run / 'tables' / 'figures'
     for folder in (run, *map(Path, also)):
         if not (record := read_record(folder / 'features')):
             raise InputError(f'also: {folder} is no folder of a run; features/stage.json is missing')
         backbone = record['parameters']['backbone']
-        runs[backbone + f', {folder.name}' * (backbone in runs)] = Ours.of(folder, bool(tables) and folder == run)
+        has = bool(tables) if folder == run else (folder / 'experiments' / 'stage.json').exists()
+        runs[backbone + f', {folder.name}' * (backbone in runs)] = Ours.of(folder, has)
     backbone, ours = next(iter(runs.items()))
-    stands = read_stands(stand_for or [s for s in STANDS if re.split('[=/]', s)[-2] in sets], sets)
+    stands = read_stands([*(s for s in STANDS if re.split('[=/]', s)[-2] in tasks), *stand_for], tasks)
+    other = not all(theirs.startswith(name.partition('/')[0]) for theirs, name in stands.items())
     own = {sweep: records[name]['parameters'].get(key) for sweep, name, key in
            (('γ', 'partition', 'threshold'), ('r', 'clusters', 'n_clusters'), ('τ', 'models', 'temperature'))}
     rows, seen = pd.DataFrame(columns=['table', 'method', 'row', 'flipped', 'noise', 'mismatched', 'budget']), read_runs(run)
@@ -510,9 +524,9 @@ def run_report(
     if len(parts): plot_parts(parts).savefig(out / 'parts.png', dpi=120)
     if len(when): plot_curves(when, 'gain over unpartitioned, points').savefig(out / 'when.png', dpi=120)
     theirs = papers['text'].set_index('name')['value']
-    note = NOTE.format(max(len(a.seeds) for a in ours.found.values()))
+    below = note(max(len(a.seeds) for a in ours.found.values()))
     bodies = {TITLES[name]: write_table(out, name, lines, papers[name]['value'] if name != 'text' else theirs[:0],
-                                        f'{OTHER} {note}' if stands else note) for name, lines in shown.items()}
+                                        f'{OTHER} {below}' if other else below) for name, lines in shown.items()}
     counts, why = records['partition'].get('result', {}), run / 'tables' / 'why.md'
     kinds = dict(strong=['strong'], partial=['emotional', 'factual'], weak=['weak'])
     counts = {kind: sum(counts.get(name, 0) for name in names) for kind, names in kinds.items()}
@@ -528,7 +542,7 @@ def run_report(
              *in_short(checks, orders),
              *[f'Claimed against the fuller method, objects and fine-tuning included: {" ".join(worse)}'] * bool(worse)]
     (out / 'report.html').write_text(page(f'PACL, profile {run.name}: results beside the paper', {
-        'In short': f'<p class="warn">{OTHER}</p>' * bool(stands) + ''.join(f'<p>{html.escape(text)}</p>' for text in short),
+        'In short': f'<p class="warn">{OTHER}</p>' * other + ''.join(f'<p>{html.escape(text)}</p>' for text in short),
         'What ran, and on what': what_ran(records, seen),
         'The affective gap': html_figure(drawn / 'gap.png', 'How well the features tell objects, and how well emotions, before (initial) '
                                          'and after training on posts. Bars: 95 % intervals.'),
@@ -545,6 +559,6 @@ def run_report(
             drawn / 'pairs.png', 'By epoch: what the filter drops, how often it is right, and how often pseudo-positives are.', True),
         'More pictures': folded('Losses, embeddings, neighbours, classes',
                                 ''.join(html_figure(drawn / f'{name}.png', caption, True) for name, caption in FIGURES.items())),
-        'How to read the numbers': f'<p>{note} Bold: better than every other row of ours in the paired test. Δ: ours − paper.</p>'}),
+        'How to read the numbers': f'<p>{below} Bold: better than every other row of ours in the paired test. Δ: ours − paper.</p>'}),
         encoding='utf-8')
     return {'tables': len(shown), 'signs as in the paper': f'{checks["verdict"].isin(VERDICTS[:2]).sum()} of {len(checks)}'}

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'InputError', 'nearest', 'disk_errors', 'left_beside', 'read_record', 'write_stage', 'hash_file',
            'file_hashes', 'listing', 'digest', 'syntax_tree', 'code_hashes', 'why_stale', 'surroundings', 'stage',
-           'in_shards', 'progress']
+           'in_shards', 'figure', 'run_share', 'progress']
 
 # %% ../nbs/11_stages.ipynb #11-003
+import argparse
 import ast
 import difflib
 import errno
@@ -34,8 +35,8 @@ def nearest(
     valid,      # names that are
 ) -> str:
     "For the message about a name that does not exist."
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f'nearest valid: {near[0]}' if near else f'valid: {", ".join(sorted(valid))}'
+    near, names = difflib.get_close_matches(name, valid, n=1, cutoff=0.5), sorted(valid)
+    return f'nearest valid: {near[0]}' if near else f'valid: {", ".join(names[:40])}' + ', …' * (len(names) > 40)
 
 # %% ../nbs/11_stages.ipynb #11-007
 @contextmanager
@@ -260,6 +261,28 @@ def in_shards(
         with open(part, 'wb') as file: np.save(file, compute(start, min(start + size, n)))
         part.rename(path)
     return [path for _, path in shards]
+
+def figure(width: float, height: float):  # inches -> matplotlib Figure
+    import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=(width, height), layout='constrained')
+    plt.close(fig)  # else a notebook shows it twice, and a grid of runs keeps them all
+    return fig
+
+def run_share(
+    compute,     # (run, …, rank, ranks) does this rank's shards; its parameters are the command line's
+    name: str,   # of the module
+    about: str,
+) -> None:
+    "What torchrun starts: this process's share of the shards."
+    import torch
+    parser, (_, *more, _, _) = argparse.ArgumentParser(name, description=about), inspect.signature(compute).parameters.values()
+    parser.add_argument('run', type=Path, help='a folder with data/')
+    for p in more: parser.add_argument(f'--{p.name}', type=p.annotation, default=p.default, required=p.default is p.empty)
+    given = vars(parser.parse_args())
+    rank, ranks, local = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    if torch.cuda.is_available(): torch.cuda.set_device(local)
+    try: compute(**given, rank=rank, ranks=ranks)
+    except InputError as error: sys.exit(f'InputError: {error}')
 
 # %% ../nbs/11_stages.ipynb #11-032
 def progress(

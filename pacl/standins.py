@@ -192,7 +192,7 @@ def run_standins(
 
 def load_evaluators(
     folder: Path,  # runs/<profile>/standins
-):  # -> (clip, anp, sentiment): what `pacl.partition.score_pairs` asks
+):  # -> (clip, anp, sentiment): what `pacl.partition.score_cosines` asks
     "The evaluators of §3.1."
     evaluators = Evaluators(load_backbone((folder / 'backbone.txt').read_text()))
     evaluators.load_state_dict(load_file(folder / 'evaluators.safetensors'))

@@ -39,7 +39,7 @@ from .data import in_post_order, load_set
 from .datasets import read_table, stop_at
 from .encoders import VisualEncoder, augment, id_keys, load, load_backbone, save_backbone, split_backbone, to_input
 from .partition import LOOKS, PARTITIONS
-from .stages import InputError, code_hashes, digest, file_hashes, nearest, progress, read_record, stage
+from .stages import InputError, code_hashes, digest, figure, file_hashes, nearest, progress, read_record, stage
 
 # %% ../nbs/06_train.ipynb #06-006
 MAIN = [('unpartitioned', 'evaluators'), ('strong', 'evaluators'), ('pacl', 'evaluators'), ('strong', 'true'), ('pacl', 'true')]
@@ -163,10 +163,11 @@ def plan_steps(
     samples = SAMPLES.get(config.method, {name: (name,) for name in PARTITIONS})
     samples = {name: {*kinds} & {*counts} for name, kinds in samples.items()}
     streams = {name: endless_batches(np.flatnonzero(np.isin(partition, [*kinds])), size, rng) for name, kinds in samples.items()}
-    phases = [[name for name in active_partitions(epoch, config.epochs) if name in counts] for epoch in range(config.epochs)]
-    lengths = [max([max(counts[name] // size, 1) for name in active], default=0) for active in phases]  # until the largest is through
+    phases = [[name for name in active_partitions(epoch, config.epochs) if name in counts or config.images]
+              for epoch in range(config.epochs)]  # where a number of images is asked for, a step has no fewer batches for want of pairs
+    lengths = [max([max(counts[name] // size, 1) for name in active if name in counts], default=0) for active in phases]  # the largest's
     if config.images:
-        seen = sum(n * min(size, counts[name]) for n, active in zip(lengths, phases) for name in active)
+        seen = sum(n * min(size, counts.get(name, size)) for n, active in zip(lengths, phases) for name in active)
         lengths = [max(round(n * config.images / seen), n > 0) for n in lengths]
     plan = []
     for epoch, (active, n) in enumerate(zip(phases, lengths)):
@@ -458,9 +459,8 @@ def plot_losses(
     logs: Mapping[str, pd.DataFrame],  # title → step, and a column of losses for each partition, or `all`; empty where not active
 ):  # -> matplotlib Figure
     "Running means of the losses; a line where a phase of Eqs. 15–17 begins."
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, len(logs), figsize=(3.3 * len(logs), 3.3), layout='constrained', squeeze=False, sharey=True)
+    fig = figure(3.3 * len(logs), 3.3)
+    axes = fig.subplots(1, len(logs), squeeze=False, sharey=True)
     for ax, (title, log) in zip(axes[0], logs.items()):
         losses = log.set_index('step').reindex(columns=[*PARTITIONS, 'all']).dropna(axis=1, how='all')
         for name, loss in losses.items():
@@ -471,7 +471,6 @@ def plot_losses(
         ax.set(title=title, xlabel='step')
         ax.legend(fontsize=7, frameon=False)
     axes[0, 0].set_ylabel('loss (nats)')
-    plt.close(fig)
     return fig
 
 # %% ../nbs/06_train.ipynb #06-026
@@ -506,7 +505,7 @@ def train(
 
     groups = [np.flatnonzero(partition == name) for name in PARTITIONS]
     watched = np.stack([rows[:min(128, *map(len, groups))] for rows in groups])
-    watch = first and config.method.startswith('pacl') and watched.size
+    watch = first and config.method.startswith('pacl') and watched.shape[1] > 1  # a pair alone has nothing to be contrasted with
     def probe(epoch): np.savez(part / f'probe-{epoch:04d}.npz', **dict(zip('vt', probe_features(towers, posts, watched))))
     if first:
         from torch.utils.tensorboard import SummaryWriter
@@ -671,7 +670,8 @@ def run_train(
     settings = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
     methods = [(m, p) for m, p in (FULL if compare == 'full' else MAIN) if p in posts.partitions]
     images = count_images(plan_steps(posts.partitions['evaluators'], TrainConfig(**settings)))  # of PACL; the true partition is another
-    jobs = [TrainConfig(method=m, partition=p, seed=seed, images=images, **settings) for seed in range(n_seeds) for m, p in methods]
+    jobs = [TrainConfig(method=m, partition=p, seed=seed, images=images * (p != 'evaluators'), **settings)
+            for seed in range(n_seeds) for m, p in methods]
     for job in jobs: plan_steps(posts.partitions[job.partition], job)  # what is wrong with the input is said here, not by torchrun
     del posts
     inputs = [digest(file_hashes(run / name)) for name in READS]

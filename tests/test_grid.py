@@ -1,9 +1,10 @@
 "pacl.grid: what each table asks for, what is shared, posts as a row wants them, and the stage on a miniature run."
 import itertools
 import json
-import multiprocessing.pool
 import os
 import shutil
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,15 +75,17 @@ def test_a_wrong_grid_names_file_table_and_line(tmp_path, text, said):
 
 
 @pytest.mark.parametrize('tables, names', [('', []), ('4', ['table4']), (' 1, 4', ['table1', 'table4']), ('text,when', ['text', 'when'])])
-def test_tables_by_number_or_name(tables, names): assert asked(tables) == names
+def test_tables_by_number_or_name(tables, names): assert asked(tables, True) == names
 
 
-def test_all_tables(): assert asked('all') == list(yaml.safe_load(GRID.read_text()))
+def test_all_tables():
+    every = list(yaml.safe_load(GRID.read_text()))
+    assert asked('all', True) == every and asked('all', False) == [name for name in every if name != 'when']
 
 
 @pytest.mark.parametrize('tables', ['6', 'table4x', '1;4', 'none'])
 def test_a_table_that_is_none(tables):
-    with pytest.raises(InputError, match='is none of 1, 2, 3, 4, 5, text, when, or all'): asked(tables)
+    with pytest.raises(InputError, match='is none of 1, 2, 3, 4, 5, text, when, or all'): asked(tables, True)
 
 
 def test_rows_say_what_differs():
@@ -114,6 +117,10 @@ def test_the_main_results_are_not_made_again():
     found = jobs_of([(Experiment(), ('linear', 'levels')), (Experiment(budget=.5), ('first',))], RUNS)
     assert found[Experiment(), 1] == (('levels',), 'pacl-evaluators-s1')  # their model is
     assert found[Experiment(budget=.5), 1] == (('first',), None)
+    # 07 asks a method of compare=full less than the tables do: its model serves, its answers are made
+    full = pd.concat([RUNS, pd.DataFrame([dict(run='e', method='emotionclip', partition='evaluators', seed=0)])])
+    assert jobs_of([(Experiment(method='emotionclip'), ('linear', 'fine-tune'))], full)[Experiment(method='emotionclip'), 0] == (
+        ('linear', 'fine-tune'), 'e')
 
 
 def test_stage_runs_are_counted():
@@ -246,16 +253,21 @@ def test_levels_trained_alone():
 
 class Here:
     "A pool of one: this process, so that coverage and monkeypatches hold."
-    def __init__(self, workers, initializer, arguments): initializer(*arguments)
+    def __init__(self, workers, context, initializer, arguments): initializer(*arguments)
     def __enter__(self): return self
     def __exit__(self, *_): pass
-    def imap_unordered(self, function, jobs): return map(function, jobs)
+    def shutdown(self, cancel_futures): pass
+
+    def submit(self, function, job):
+        row = Future()
+        try: row.set_result(function(job))
+        except RuntimeError as error: row.set_exception(error)
+        return row
 
 
 @pytest.fixture
 def here(monkeypatch):
-    context = multiprocessing.get_context('spawn')
-    monkeypatch.setattr(type(context), 'Pool', lambda self, *arguments: Here(*arguments))
+    monkeypatch.setattr(grid_module, 'ProcessPoolExecutor', Here)
     monkeypatch.setattr(grid_module, 'end_with', lambda parent: None)
     monkeypatch.setenv('PACL_PROGRESS', '')
 
@@ -285,6 +297,7 @@ def test_the_stage_runs_a_table_and_goes_on(with_grid, monkeypatch):
     assert not (own / 'experiments').exists()
     monkeypatch.setattr(grid_module, 'do_row', lambda job: done.append(do(job)) or done[-1])
     folder = run_grid(own, tables='4,5', **SMALL)
+    assert not [p for p in (own / '.experiments-parts').glob('*/*') if p.is_dir()]  # no model stays
     assert len(done) == len(set(done)) == 6  # 3 rows, 2 seeds, none twice: initial, unpartitioned and PACL are in the main results
     rows = pd.read_csv(folder / 'rows.csv')
     assert rows.groupby('table')['row'].apply(list).to_dict() == {
@@ -307,6 +320,30 @@ def test_the_stage_runs_a_table_and_goes_on(with_grid, monkeypatch):
     assert len(done) == 6  # other tables take what is there
 
 
+def test_a_killed_process_is_said_to_be_one(with_grid, monkeypatch):
+    own = with_grid('table4:\n- {method: factual}\n')
+    def die(job): raise BrokenProcessPool('terminated abruptly')
+    monkeypatch.setattr(grid_module, 'do_row', die)
+    with pytest.raises(RuntimeError, match='a process of the grid was killed.*the same command goes on'): run_grid(own, tables='4', **SMALL)
+
+
+def test_a_row_goes_on_with_the_model_of_a_killed_one(with_grid, monkeypatch):
+    own, trained = with_grid('table4:\n- {method: factual}\n'), []
+    learn, judge = grid_module.train, grid_module.evaluate
+    monkeypatch.setattr(grid_module, 'train', lambda posts, config, folder: trained.append(folder.exists()) or learn(posts, config, folder))
+    def stop(*_, **__): raise RuntimeError('killed')
+    monkeypatch.setattr(grid_module, 'evaluate', stop)
+    with pytest.raises(RuntimeError, match='killed'): run_grid(own, tables='4', **SMALL)
+    monkeypatch.setattr(grid_module, 'evaluate', judge)
+    run_grid(own, tables='4', **SMALL)
+    assert trained == [False, False, True, True]  # two seeds, each found the second time
+
+
+def test_a_set_that_no_protocol_fits_gives_no_rows(with_grid):
+    own = with_grid('table2:\n- {method: initial, protocols: [levels]}\n')
+    assert pd.read_csv(run_grid(own, tables='2', **SMALL | {'datasets': ['seen/label']}) / 'predictions.csv').empty  # 07 has that one
+
+
 @pytest.mark.parametrize('given, said', [
     (dict(tables='4', datasets=['new/lable']), '"new/lable" is no SET/TASK of .*tasks.json; nearest valid: new/label'),
     (dict(tables='nine'), 'is none of 1, 2')])
@@ -318,13 +355,27 @@ def test_what_is_wrong_is_said_before_any_work(run, given, said, monkeypatch):
 def test_table_2_trains_each_level_alone(with_grid):
     own = with_grid('table2:\n- {method: initial, protocols: [levels, pdanet]}\n')
     predictions = pd.read_csv(run_grid(own, tables='2', **SMALL) / 'predictions.csv', dtype=str)
-    assert set(zip(predictions['row'], predictions['task'], predictions['level'])) == {
-        ('initial', 'level_1', 'level_1'), ('initial', 'level_2', 'level_2'), ('initial + PDANet', 'level_1', 'level_1'),
-        ('initial + PDANet', 'level_2', 'level_2'), ('initial + PDANet', 'label', 'label')}  # label and level_2 have the same classes
+    assert set(zip(predictions['row'], predictions['task'], predictions['level'])) == {  # level_2 has label's classes
+        ('initial', 'level_1', 'level_1'), ('initial + PDANet', 'level_1', 'level_1'), ('initial + PDANet', 'label', 'label')}
     tasks = {n: {t: Task.of(task) for t, task in about.items()} for n, about in json.loads((own / 'data/tasks.json').read_text()).items()}
     found = answers(predictions, tasks)
     assert found['initial + PDANet', 'fine-tune', 'new', 'label'].said.shape == (2, 12, 1)
-    assert {key[1:] for key in found} == {('fine-tune', 'new', level) for level in ('level_1', 'level_2', 'label')}
+    assert {key[1:] for key in found} == {('fine-tune', 'new', level) for level in ('level_1', 'label')}
+    predictions = pd.read_csv(run_grid(own, tables='2', **SMALL | {'datasets': ['new/levels']}) / 'predictions.csv', dtype=str)
+    assert set(zip(predictions['row'], predictions['level'])) == {(row, level) for row in ('initial', 'initial + PDANet')
+                                                                  for level in ('level_1', 'level_2')}  # a set without a label
+
+
+def test_clips_answers_stand_beside_each_seed(with_grid, monkeypatch):
+    class Clip:
+        def embed_images(self, images): return np.asarray(images, np.float32).reshape(len(images), -1)[:, :8]
+        def embed_texts(self, texts): return np.random.default_rng(0).normal(size=(len(texts), 8)).astype(np.float32)
+    own = with_grid('table3:\n- {method: clip, protocols: [zero-shot]}\n')
+    monkeypatch.setattr('pacl.evaluators.evaluators_of', lambda run: (Clip(), None, None))
+    predictions = pd.read_csv(run_grid(own, tables='3', **SMALL) / 'predictions.csv', dtype=str)
+    assert set(zip(predictions['dataset'], predictions['task'])) == {('new', 'label'), ('new', 'levels')}  # `seen` is a control
+    one, two = (q.drop(columns='seed').reset_index(drop=True) for _, q in predictions.groupby('seed'))
+    pd.testing.assert_frame_equal(one, two)
 
 
 def test_a_run_without_truth_has_no_when(run, tmp_path):

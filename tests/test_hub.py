@@ -266,14 +266,14 @@ def test_half_precision_weights_become_float32(tmp_path):
 
 def test_names_that_cannot_be_found(hub):
     for load_it, name, says in [
-        (load_backbone, 'vit_bse', 'backbone=vit_bse: no folder, and no model with weights that timm knows. Nearest: vit_base,'),
-        (load_backbone, 'resnet50.a1_in2k', 'Nearest: .*resnet50.a1_in1k'),
+        (load_backbone, 'vit_bse', 'backbone=vit_bse: no folder, and no model with weights that timm knows; nearest valid: vit_base'),
+        (load_backbone, 'resnet50.a1_in2k', 'nearest valid: resnet50.a1_in1k'),
         (load_backbone, 'vit_base',
          f'backbone=vit_base: timm/vit_base_patch16_224.augreg2_in21k_ft_in1k cannot be loaded from the cache {hub} or the hub: '
          '.*HF_HUB_OFFLINE forbids; or bring the cache .*HF_HOME.* a folder with config.json and model.safetensors'),
         (load_backbone, 'somebody/model', 'backbone=somebody/model: somebody/model cannot be loaded from the cache'),
         (load_backbone, '/no/where', 'backbone=/no/where: there is no folder /no/where. Give one with config.json and model.safetensors'),
-        (load_backbone, 'open_clip:ViT-B-23/openai', 'open_clip:ViT-B-23/openai: no folder, .* Nearest: .*ViT-B-32/openai'),
+        (load_backbone, 'open_clip:ViT-B-23/openai', 'open_clip:ViT-B-23/openai: no folder, .*; nearest valid: ViT-B-32/openai'),
         (load_backbone, 'open_clip:ViT-B-32/openai', 'open_clip:ViT-B-32/openai: .* cannot be loaded from the cache'),
         (load_text_encoder, 'skep', 'text_encoder=skep: Yaxin/roberta-large-ernie2-skep-en cannot be loaded from the cache'),
         (load_text_encoder, 'brt', 'Short names: skep, bert, roberta'),

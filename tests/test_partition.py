@@ -19,8 +19,12 @@ from pacl.data import in_post_order, load_set, run_data
 from pacl.datasets import read_table
 from pacl.partition import (PARTITIONS, POOLS, SCALES, anp_cosines, assign_partition, clip_score, emotion_score,
                             partition_quality, plot_gallery, plot_partition, plot_thresholds, read_partition, rescale, run_partition,
-                            score_pairs, score_posts, suggest_threshold, threshold_sweep, user_paths)
+                            score_cosines, score_posts, suggest_threshold, threshold_sweep, to_scores, user_paths)
 from pacl.stages import InputError, read_record, write_stage
+
+def score_pairs(images, texts, clip, anp, sentiment, scale='clipscore', pool='sentence'):
+    return to_scores(score_cosines(images, texts, clip, anp, sentiment, pool), scale)
+
 
 unit = st.sampled_from([0., 0.5, 0.7, 1.]) | st.floats(0, 1)
 
@@ -488,7 +492,7 @@ class Mixed(Evaluators):
     def top_phrases(self, images, k=3): return ['joy thing, grief thing, grief thing'] * len(images)
 
 
-def test_score_pairs_pools(run):
+def test_pools(run):
     images, texts = np.full((2, 4, 4, 3), 255, np.uint8), ['red joy', 'blue grief']
     found = {pool: score_pairs(images, texts, Clip(), Mixed(), Sentiment(), pool=pool)['emotional'].tolist() for pool in POOLS}
     assert found == {'sentence': [1, 0], 'mean': [pytest.approx(1 / 3), pytest.approx(2 / 3)], 'max': [1, 1]}  # Sentiment hears joy first
@@ -498,7 +502,7 @@ def test_score_pairs_pools(run):
     assert read_record(out)['parameters']['pool'] == 'mean' and 'pool' in run_partition.stale(run, threshold=.7)
 
 
-def test_score_pairs_uses_a_plain_cosine_beside_clipscore(run):
+def test_the_emotional_score_is_a_plain_cosine_beside_clipscore(run):
     images, texts = np.full((2, 4, 4, 3), 255, np.uint8), ['red joy', 'blue grief']
     images[1, ..., 1:] = 0
     for scale in SCALES:

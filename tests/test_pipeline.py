@@ -15,7 +15,7 @@ import papermill
 import pytest
 
 from pacl import pipeline
-from pacl.pipeline import StageError, from_here, main, notebook_parameters, outside, run_notebook
+from pacl.pipeline import StageError, located, main, notebook_parameters, outside, run_notebook
 
 MODULE = '''
 import os, subprocess, time
@@ -178,8 +178,9 @@ def test_relative_paths_are_those_of_the_command_line(tmp_path, monkeypatch):
     (tmp_path / 'sets/fi').mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for text in ('sets/fi', 'fi:sets/fi', 'fi/polarity:./sets/fi'):
-        assert from_here(text) == text.replace('./', '').replace('sets/fi', f'{tmp_path}/sets/fi')
-    for text in ('sets/nowhere', 'fi', 'fi:', f'fi:{tmp_path}/sets/fi', 3): assert from_here(text) == text
+        assert located(text, None) == text.replace('./', '').replace('sets/fi', f'{tmp_path}/sets/fi')
+    for text in ('sets/nowhere', 'fi', 'fi:', f'fi:{tmp_path}/sets/fi', 3): assert located(text, None) == text
+    assert located(['$DATA/fi', 'fi:$DATA/fi', 3], f'{tmp_path}/sets') == [f'{tmp_path}/sets/fi', f'fi:{tmp_path}/sets/fi', 3]
 
 
 def test_ranges_at_their_ends():

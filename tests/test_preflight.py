@@ -113,6 +113,8 @@ def test_the_grid_has_its_time(complete):
     assert not missing and 'grid       9 rows for tables=4, at most 18 more trainings' in lines
     assert '?' not in next(line for line in lines if line.startswith('experiments'))
     assert 'is none of 1, 2' in str(complete('tables=7')[1])
+    wrong, = complete('tables=4', 'datasets=[fi/label, emotic/vda]')[1]
+    assert wrong.what == 'datasets' and '"emotic/vda" is no SET/TASK of the benchmarks; nearest valid: emotic/vad' in wrong.why
 
 
 def test_the_other_text_encoders_are_looked_for_where_a_table_asks(complete):
@@ -304,5 +306,5 @@ def test_from_the_command_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
     assert pipeline.main(['tumemo', '--runs', str(tmp_path / 'runs'), 'backbone=resnt50']) == 2
     out, err = capfd.readouterr()
-    assert 'never ran' in out and 'TumEmo (posts)' in err and 'DeepSentiBank' in err and 'Nearest: resnet50' in err
+    assert 'never ran' in out and 'TumEmo (posts)' in err and 'DeepSentiBank' in err and 'nearest valid: resnet50' in err
     assert not (tmp_path / 'runs').exists()

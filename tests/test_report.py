@@ -1,6 +1,7 @@
 "pacl.report: cells beside the paper's, orderings, what is claimed, and the whole page on a miniature run."
 import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 from test_tables import TASKS, made_numbers, made_up, make_posts
 
+from pacl.datasets import Task
 from pacl.evaluate import run_evaluate
 from pacl.report import (Column, Ours, advice, all_tables, as_latex, as_markdown, beside, best_of, check_claims, contributions,
                          html_table, in_short, page, plot_curves, printed, rank_correlations, read_paper, read_stands,
@@ -73,13 +75,13 @@ def test_an_experiment_does_not_replace_a_row_of_the_main_run(tmp_path):
         (tmp_path / name).mkdir()
         table = made_up({'pacl': share})
         if name == 'experiments': table = pd.concat([table, made_up({'strong': share})]).assign(row=lambda t: t['method'].map(
-            {'pacl': 'PACL', 'strong': 'SentiBank'})).drop(columns=['method', 'partition'])
+            {'pacl': 'PACL', 'strong': 'DeepSentiBank'})).drop(columns=['method', 'partition'])
         table.to_csv(tmp_path / name / 'predictions.csv', index=False)
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/tasks.json').write_text(json.dumps({'new': {}}))
     ours = Ours.of(tmp_path, experiments=True)
     assert ours.value('PACL', LABEL, 'accuracy')['value'] > 80
-    assert ours.value('SentiBank', LABEL._replace(protocol='fine-tune'), 'accuracy')['value'] < 20
+    assert ours.value('DeepSentiBank', LABEL._replace(protocol='fine-tune'), 'accuracy')['value'] < 20
 
 
 # what stands for what
@@ -87,14 +89,16 @@ def test_an_experiment_does_not_replace_a_row_of_the_main_run(tmp_path):
 def test_stand_ins():
     levels = [Column('fine-tune', 'new', task, level, 2) for task, level in (('levels', 'level_1'), ('level_1', 'level_1'))]
     column = {'dataset': 'WebEmo', 'level': '2', 'protocol': 'fine-tune'}
-    stands = read_stands(['WebEmo/2=new/level_1', 'FI=new'], ['new'])
+    tasks = {'new': {'levels': Task('hierarchical', ('level_1', 'level_2'), (('a', 'b'), ('c', 'd', 'e')))}}
+    stands = read_stands(['WebEmo/2=new/level_1', 'FI=new'], tasks)
     assert stand_in(column, stands, levels) == levels[0] and stand_in(column, stands, levels, alone=True) == levels[1]
+    assert stand_in(column, stands, levels[:1], alone=True) is None
     assert stand_in(column | {'protocol': 'linear'}, stands, levels) is None
     assert stand_in(column | {'dataset': 'FI'}, stands, levels) == levels[0]  # as many classes
     assert stand_in(column | {'dataset': 'FI', 'level': '8'}, stands, levels) is None
     assert stand_in(column | {'dataset': 'NEW'}, {}, levels) == levels[0]  # equal names
-    for wrong in ('FI', 'FI=neu/label'):
-        with pytest.raises(InputError, match=f'stand_for: "{wrong}'): read_stands([wrong], ['new'])
+    for wrong in ('FI', 'FI=neu/label', 'FI=new/lable'):
+        with pytest.raises(InputError, match=f'stand_for: "{wrong}'): read_stands([wrong], tasks)
 
 
 # tables
@@ -130,6 +134,15 @@ def test_of_errors_the_lowest_is_best():
     assert best_of(Made(), {'low': {'value': 1}}, LABEL, 'mse') is None  # alone
 
 
+def test_sets_that_the_paper_does_not_have_stand_in_tables_1_and_4():
+    papers = {f'table{i}': cells({}) for i in range(1, 5)} | {'table5': cells({'PACL': 59.}, sweep='γ', setting='0.7')}
+    shown = all_tables({'mine': ours_of()}, papers, {}, {})
+    assert list(shown['table1']['row']) == ['initial', 'PACL'] and list(shown['table1']['title'].unique()) == [LABEL.named('accuracy')]
+    assert 'table4' not in shown or list(shown['table4']['title'].unique()) == [LABEL.named('accuracy')]
+    claims = pd.DataFrame([('PACL', 'initial', 'table1', '', '')], columns=['better', 'worse', 'table', 'claim', 'source'])
+    assert list(check_claims(claims, shown, {'mine': ours_of()})['verdict']) == ['as in the paper, claimed']
+
+
 def test_markdown_and_latex():
     lines = beside(ours_of(), cells({'PACL': 59.5, 'initial': np.nan, 'A & B': 1.}), FI)
     text, tex = as_markdown(printed(lines)), as_latex(printed(lines.assign(title='γ, % R²')))
@@ -159,6 +172,7 @@ def test_orderings_against_ours():
                            ('initial', 'unpartitioned', 'table4', '', 'implied: x'), ('PACL', 'nobody', 'table4', '', ''),
                            ('PACL', 'initial', 'table1', '', '')], columns=['better', 'worse', 'table', 'claim', 'source'])
     shown = {'table4': beside(ours, cells(dict.fromkeys(['initial', 'unpartitioned', 'PACL'], np.nan)), FI).assign(part='')}
+    shown['table1'] = shown['table4'].assign(part='mine')  # the same tests: counted once
     checks = check_claims(claims, shown, {'mine': ours})
     assert list(checks['verdict'].iloc[:2]) == ['as in the paper, claimed', 'against the paper, claimed'] and len(checks) == 3
     assert checks['verdict'].iloc[2] in ('sign as in the paper', 'other sign')
@@ -187,8 +201,10 @@ def test_rank_correlation_needs_three_cells():
 
 def test_parts_add_up():
     parts = contributions(ours_of()).set_index('part')['value']
+    assert parts['all of it, over no training'] == pytest.approx(parts['any training on the posts'] + parts['all of it'])
     assert parts['all of it'] == pytest.approx(parts['strong pairs alone'] + parts['+ partial and weak pairs'])
-    assert set(parts.index) == {'any training on the posts', 'strong pairs alone', '+ partial and weak pairs', 'all of it'}
+    assert set(parts.index) == {'any training on the posts', 'strong pairs alone', '+ partial and weak pairs', 'all of it',
+                                'all of it, over no training'}
 
 
 GRID = [  # row, method, partition, noise, mismatched, flipped, budget
@@ -224,10 +240,13 @@ def test_gains_are_against_the_same_posts_and_budget():
     assert when_it_helps(ours, grid_rows()[:0], {}).empty and advice(table[:0]) == []
 
 
+apart = (n / 1e4 for n in itertools.count())  # no two runs have the same difference
+
+
 def gains(part, **methods):
     "when_it_helps' table: + a claimed gain, - a claimed loss, 0 neither."
     return [(part, str(k), name, v, v - .5, v + .5) for name, signs in methods.items()
-            for k, v in enumerate({'+': 1., '-': -1., '0': 0.}[sign] for sign in signs)]
+            for k, v in enumerate({'+': 1., '-': -1., '0': 0.}[sign] + next(apart) for sign in signs)]
 
 
 @pytest.mark.parametrize('panels, counted, said', [
@@ -286,7 +305,7 @@ def fake_experiments(run):
     own = main[main['partition'].isin(['', 'evaluators'])]
     names = {'unpartitioned': ['factual partition, matched', 'PACL, γ 0', 'PACL, γ 1', 'PACL, r 25', 'PACL, τ 1', 'PACL, text bag-of-words',
                                'CLIP'],
-             'initial': ['Feng et al.', 'SentiBank'],
+             'initial': ['Feng et al.', 'DeepSentiBank'],
              'pacl': ['factual partition', 'emotional partition, matched', 'emotional partition', 'strong + partial', 'PACL, r 6',
                       'PACL, τ 0.5', 'EmotionCLIP', 'PACL + PDANet', 'PACL, γ 0.3']}
     for row, method, *_ in GRID[:-2]: names['unpartitioned' if method == 'unpartitioned' else 'pacl'].append(row)

@@ -10,9 +10,10 @@ from pacl.evaluate import run_evaluate
 from pacl.metrics import compare, score
 from pacl.partition import PARTITIONS
 from pacl.stages import write_stage
-from pacl.tables import (Answers, answers, as_printed, columns_of, differences, neighbours, pair_report, plot_classes, plot_embeddings,
-                         plot_neighbours, plot_pairs, plot_ratings, reasons, recalls, result_table, run_tables, strong_pairs_seen,
-                         task_table, tasks_printed, to_markdown, zero_shot_table)
+from pacl.tables import (Answers, answers, as_printed, columns_of, differences, neighbours, note, pair_report, plot_classes,
+                         plot_embeddings, plot_neighbours, plot_pairs, plot_ratings, reasons, recalls,
+                         result_table, run_tables, strong_pairs_seen, task_table, tasks_printed, to_markdown,
+                         zero_shot_table)
 
 OBJECTS, EMOTIONS = np.array(['cat', 'dog', 'car']), np.array(['awe', 'fear'])
 
@@ -297,13 +298,18 @@ def test_reasons_say_the_numbers(run):
     assert len(plot_pairs(pairs).axes) == 3 and reasons(pairs[:0], seen) == lines[:3]
 
 
+def test_one_seed_is_said_to_be_one():
+    assert 'over 3 seeds [95 % interval: bootstrap over seeds and test' in note(3)
+    assert 'over one seed [95 % interval: bootstrap over test pictures, which knows nothing' in note(1)
+
+
 def test_run_tables(run):
     out = run_tables(run)
     assert run_tables.stale(run) is None
     text = (out / 'results.md').read_text()
     assert text.count('\n|') == 8 and 'eans over 2 seeds' in text
-    assert {path.stem for path in out.glob('*.md')} == {'results', 'table1', 'table3', 'differences', 'why'}
-    for name in ('table1', 'table3'): assert (out / f'{name}.md').read_text().count('\n|') > 3, name
+    assert {path.stem for path in out.glob('*.md')} == {'results', 'tasks', 'zero_shot', 'differences', 'why'}
+    for name in ('tasks', 'zero_shot'): assert (out / f'{name}.md').read_text().count('\n|') > 3, name
     assert 'PACL' in (out / 'results.tex').read_text() and len((out / 'why.md').read_text().splitlines()) == 11
     compared = pd.read_csv(out / 'differences.csv')
     assert set(zip(compared['a'], compared['b'])) == {

@@ -125,9 +125,9 @@ def test_from_posts_to_tables(hub, settings, shared, tmp_path, monkeypatch, back
     assert set(zip(results['method'], results['protocol'], results['dataset'])) >= {
         (m, p, d) for m in ('initial', 'pacl') for p in ('linear', 'fine-tune') for d in sets}
     assert set(results.loc[results['protocol'].str.startswith('zero-shot'), 'protocol']) == {f'zero-shot {p}' for p in ('1', '2', 'all')}
-    table = (run / 'tables/table1.md').read_text()
+    table = (run / 'tables/tasks.md').read_text()
     assert all(f'| {name} |' in table for name in ('fi, label', 'iaps, vad')[:len(sets)])
-    assert 'fi, label, prompt 1' in (run / 'tables/table3.md').read_text()
+    assert 'fi, label, prompt 1' in (run / 'tables/zero_shot.md').read_text()
     assert len(file_hashes(run / 'tables/figures')) >= 5
     assert '(paper: FI, 8)' in (run / 'report/table1.md').read_text()  # its sets are the paper's
     assert backbone in (run / 'report/report.html').read_text()
