@@ -447,8 +447,8 @@ def what_ran(
     return (f'<p>{len(seen)} trainings, {minutes:.0f} minutes in all, on {html.escape(", ".join(sorted(devices)))}. Each model saw '
             f'{models["images"].min():,.0f} to {models["images"].max():,.0f} images, repeats counted, in '
             f'{models["steps"].min():,.0f} to {models["steps"].max():,.0f} steps. A step takes a batch of '
-            'every active partition; a step of a method with fewer of them takes as many batches of what it has. Where a third of the '
-            'schedule has no pairs at all (γ = 1: weak pairs alone), the steps are fewer.</p>'
+            'every active partition; a step of a method with fewer of them takes as many batches of what it has. Where γ makes the '
+            'partitions of other sizes, as many images are more or fewer steps.</p>'
             + table(lambda r: (words(r.get('result', {})), f'{r.get("seconds", 0):,.0f}'), 'result', 'seconds')
             + folded('Images and steps of each model', html_table(models.map('{:,.0f}'.format)))
             + folded('Parameters, code, versions', f'<p>{html.escape(words(records["tables"].get("packages", {})))}</p>'
