@@ -279,9 +279,10 @@ def clip_zero_shot(
     from pacl.evaluators import evaluators_of
     clip, found, tasks, embedded = evaluators_of(run)[0], [], load_tasks(run), {}
     for name, task_name in (item.split('/') for item in datasets):
-        (table, _, (_, _, test)), images, task = benchmark_inputs(run, name), load_set(run, name)[1], tasks[name][task_name]
+        task = tasks[name][task_name]
         if not task.chooses or {name, task_name} & CONTROLS: continue
-        if name not in embedded: embedded[name] = torch.from_numpy(clip.embed_images(images[test])).float()
+        table, _, (_, _, test) = benchmark_inputs(run, name)
+        if name not in embedded: embedded[name] = torch.from_numpy(clip.embed_images(load_set(run, name)[1][test])).float()
         v = embedded[name]
         _, said = zero_shot(v, table.iloc[test], task, lambda texts: torch.from_numpy(clip.embed_texts(texts)).float())
         found += [prediction_rows(table['id'].iloc[test], task, task.targets(table.iloc[test]), p).assign(

@@ -189,7 +189,8 @@ def all_tables(
     texts = [row for row in ours.rows if row.startswith('PACL, text ')]
     blocks = {name: first[first['backbone'] == BACKBONES.get(name.split(',')[0], 'ResNet-50')] for name in runs}
     firsts = [beside(runs[name], cells, stands, FIRST_ROWS, [t for t in runs[name].tests if t.dataset not in standing
-                                                             and 'zero' not in t.protocol and t.task not in CONTROLS]).assign(part=name)
+                                                             and not t.protocol.startswith('zero-shot')
+                                                             and t.task not in CONTROLS]).assign(part=name)
               for name, cells in blocks.items()]
     shown = {'table1': pd.concat(firsts),
              'table2': beside(ours, papers['table2'], stands, ('initial',), alone=True),
@@ -507,6 +508,7 @@ def run_report(
         runs[backbone + f', {folder.name}' * (backbone in runs)] = Ours.of(folder, has)
     backbone, ours = next(iter(runs.items()))
     stands = read_stands([*(s for s in STANDS if re.split('[=/]', s)[-2] in tasks), *stand_for], tasks)
+    # the paper's own are called as it calls them, or as the beginning of that: emotic for Emotic-VAD
     other = not all(theirs.startswith(name.partition('/')[0]) for theirs, name in stands.items())
     own = {sweep: records[name]['parameters'].get(key) for sweep, name, key in
            (('γ', 'partition', 'threshold'), ('r', 'clusters', 'n_clusters'), ('τ', 'models', 'temperature'))}

@@ -165,7 +165,8 @@ def plan_steps(
     streams = {name: endless_batches(np.flatnonzero(np.isin(partition, [*kinds])), size, rng) for name, kinds in samples.items()}
     phases = [[name for name in active_partitions(epoch, config.epochs) if name in counts or config.images]
               for epoch in range(config.epochs)]  # where a number of images is asked for, a step has no fewer batches for want of pairs
-    lengths = [max([max(counts[name] // size, 1) for name in active if name in counts], default=0) for active in phases]  # the largest's
+    largest = [max([counts.get(name, 0) for name in active], default=0) for active in phases]
+    lengths = [max(n // size, int(n > 0)) for n in largest]  # until the largest partition is through
     if config.images:
         seen = sum(n * min(size, counts.get(name, size)) for n, active in zip(lengths, phases) for name in active)
         lengths = [max(round(n * config.images / seen), n > 0) for n in lengths]
