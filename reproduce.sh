@@ -117,7 +117,7 @@ run_tests() {
   check 'nbdev_export changes nothing' changes_nothing nbdev_export
   check 'nbdev_clean changes nothing' changes_nothing nbdev_clean
   check 'nbdev_test' nbdev_test --n_workers 2
-  check 'smoke profile' python -m pacl.pipeline smoke --runs "$scratch/runs"
+  check 'smoke profile' python -m pacl.app.pipeline smoke --runs "$scratch/runs"
   printf '\n== pytest\n'
   python -m pytest || failed="$failed pytest;"  # last: its closing line ends what is green
   if [ -n "$failed" ]; then stop "FAILED:${failed%;}"; fi
@@ -130,5 +130,5 @@ case "${1-}" in
   -h | --help) usage ;;
   setup) setup; echo "Ready: $py" ;;
   test) setup; run_tests ;;
-  *) setup; exec "$py" -m pacl.pipeline ${1+"$@"} ;;
+  *) setup; exec "$py" -m pacl.app.pipeline ${1+"$@"} ;;
 esac

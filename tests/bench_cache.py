@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from pacl.pictures import read_image, read_images
+from pacl.parts.pictures import read_image, read_images
 
 
 def make_photos(folder, n, side, seed):

@@ -13,8 +13,8 @@ import time
 import numpy as np
 import torch
 
-from pacl.datasets import single
-from pacl.encoders import load_backbone
+from pacl.parts.readers import single
+from pacl.parts.encoders import load_backbone
 from pacl.evaluate import extract, train_heads
 
 AT_LEAST = 20  # times faster on features

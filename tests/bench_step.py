@@ -77,7 +77,7 @@ if __name__ == '__main__':
             import timm
             from transformers import RobertaConfig, RobertaModel
 
-            from pacl.encoders import save_backbone
+            from pacl.parts.encoders import save_backbone
             save_backbone(timm.create_model('resnet50', num_classes=0), Path(folder) / 'resnet50', 224)
             step = Step(Posts(make_run(Path(folder) / 'run', backbone=f'local-dir:{folder}/resnet50', **settings | {'side': 224})),
                         batch_size=args.batch)

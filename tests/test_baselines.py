@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 from torch import nn
 
-from pacl import evaluators
+from pacl.parts import judges as evaluators
 from pacl.baselines import (SUBJECTS, PDANet, bag_of_words, convert_emotionclip, log_responses, phrase_responses,
                             polarity_consistent_loss, sentiment_guided_loss, sentiment_penalty, sentiments)
-from pacl.datasets import single
-from pacl.encoders import build_tower, load, load_backbone, split_backbone
+from pacl.parts.readers import single
+from pacl.parts.encoders import build_tower, load, load_backbone, split_backbone
 from pacl.evaluate import extract, predict, train_heads
-from pacl.evaluators import best_phrases
-from pacl.stages import InputError
-from pacl.standins import ADJECTIVES, KINDS, Evaluators
+from pacl.parts.judges import best_phrases
+from pacl.parts.stages import InputError
+from pacl.parts.standins import ADJECTIVES, KINDS, Evaluators
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 fixed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

@@ -18,9 +18,9 @@ from test_data import make_world
 from pacl import cluster
 from pacl.cluster import (POLARITY, check_features, cluster_agreement, cluster_features, cluster_quality, nearest_to_centre, run_cluster,
                           squared_distances)
-from pacl.data import in_post_order, load_set, run_data
-from pacl.datasets import read_table
-from pacl.stages import InputError, digest, file_hashes, read_record, write_stage
+from pacl.parts.data import in_post_order, load_set, run_data
+from pacl.parts.readers import read_table
+from pacl.parts.stages import InputError, digest, file_hashes, read_record, write_stage
 
 
 def blobs(n=20, k=3, seed=0):

@@ -1,4 +1,4 @@
-"pacl.data: what a run reads, what it leaves out, what leaks, and the page that the check prints."
+"pacl.parts.data: what a run reads, what it leaves out, what leaks, and the page that the check prints."
 import csv
 import json
 import os
@@ -13,10 +13,10 @@ import test_datasets
 from PIL import Image
 from test_pictures import TILES
 
-from pacl import pictures
-from pacl.data import PUBLISHED, check, histogram, in_post_order, load_set, load_tasks, main, named, run_data, user_folders
-from pacl.datasets import EMOTIC, Task, single
-from pacl.stages import InputError, read_record, write_stage
+from pacl.parts import pictures
+from pacl.parts.data import PUBLISHED, check, histogram, in_post_order, load_set, load_tasks, main, named, run_data, user_folders
+from pacl.parts.readers import EMOTIC, Task, single
+from pacl.parts.stages import InputError, read_record, write_stage
 
 COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255)}
 
@@ -294,11 +294,11 @@ def test_an_incomplete_download_is_found(tmp_path):
 
 
 def test_the_command_says_what_is_wrong(tmp_path):
-    def run(*args): return subprocess.run([sys.executable, '-m', 'pacl.data', *args], capture_output=True, text=True, cwd=tmp_path, env=env)
+    def run(*args): return subprocess.run([sys.executable, '-m', 'pacl.parts.data', *args], capture_output=True, text=True, cwd=tmp_path, env=env)
     env = os.environ | {'PYTHONPATH': str(Path(__file__).parents[1])}
     ended = run('check', 'folder', str(tmp_path / 'nowhere'))
     assert ended.returncode == 2 and 'nowhere is not a folder' in ended.stderr and 'Traceback' not in ended.stderr
-    assert 'Example: python -m pacl.data check' in run('--help').stdout
+    assert 'Example: python -m pacl.parts.data check' in run('--help').stdout
 
 
 def test_histogram_counts_in_each_split():

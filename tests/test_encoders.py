@@ -1,4 +1,4 @@
-"pacl.encoders: two halves that make the whole, features as the libraries themselves give them, files that say what is wrong with them."
+"pacl.parts.encoders: two halves that make the whole, features as the libraries themselves give them, files that say what is wrong with them."
 import json
 import os
 import subprocess
@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pacl
-from pacl import encoders
-from pacl.encoders import (augment, encode_texts, feature_shards, id_keys, load_backbone, load_text_encoder, run_features, run_frozen,
+from pacl.parts import encoders
+from pacl.parts.encoders import (augment, encode_texts, feature_shards, id_keys, load_backbone, load_text_encoder, run_features, run_frozen,
                            save_backbone, save_file, split_backbone, to_input)
-from pacl.stages import InputError, read_record, write_stage
+from pacl.parts.stages import InputError, read_record, write_stage
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
 
@@ -301,7 +301,7 @@ def test_torchruns_share_of_the_features(tmp_path):
     with write_stage(tmp_path / 'data', {'stage': 'data', 'parameters': {}}) as data:
         pd.DataFrame({'id': list('abcde'), 'image': 'x.png', 'text': 'word'}).to_csv(data / 'posts.csv', index=False)
         np.save(data / 'posts.npy', PICTURES)
-    command = [sys.executable, '-m', 'pacl.encoders', tmp_path, '--backbone', 'tf_efficientnet_lite0', '--text_encoder', get_model_path()]
+    command = [sys.executable, '-m', 'pacl.parts.encoders', tmp_path, '--backbone', 'tf_efficientnet_lite0', '--text_encoder', get_model_path()]
     environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path), 'RANK': '0', 'WORLD_SIZE': '4'}
     subprocess.run([*map(str, command)], check=True, env=environment)
     assert sorted(p.parent.name for p in tmp_path.glob('.features-parts/*/*/*.npy')) == ['image', 'text']

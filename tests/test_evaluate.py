@@ -18,12 +18,12 @@ from test_metrics import NAIVE, mean
 from torch import nn
 
 import pacl.evaluate as evaluate
-from pacl.datasets import MIKELS, PANDA, WEBEMO, Task, rating, single
-from pacl.encoders import load_backbone, save_backbone, to_input
+from pacl.parts.readers import MIKELS, PANDA, WEBEMO, Task, rating, single
+from pacl.parts.encoders import load_backbone, save_backbone, to_input
 from pacl.evaluate import (ADJECTIVES, PROMPTS, class_prompts, colour_histogram, decode, extract, fine_tune, head_loss, linear_probe,
                            pieces, quality, run_evaluate, train_and_test, train_heads, zero_shot)
-from pacl.metrics import METRICS
-from pacl.stages import InputError, write_stage
+from pacl.parts.metrics import METRICS
+from pacl.parts.stages import InputError, write_stage
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 EMOTIONS, OBJECTS = ('anger', 'awe', 'fear'), ('ball', 'cat')
@@ -557,7 +557,7 @@ def test_a_scores_prediction_is_not_rounded_into_ties():
 def test_zero_shot_goes_through_the_projectors_that_were_trained(evaluated):
     from safetensors.torch import load_file
 
-    from pacl.encoders import encode_texts, text_encoder_of
+    from pacl.parts.encoders import encode_texts, text_encoder_of
     table = pd.read_csv(evaluated / 'data/new.csv', dtype=str)
     inputs = torch.from_numpy(np.load(evaluated / 'features/early_new.npy')[table['split'] == 'test']).float()
     texts = [PROMPTS[1].format(word) for word in ('angry', 'awed', 'fearful')]

@@ -20,10 +20,10 @@ from test_train import make_run
 
 from pacl import grid as grid_module
 from pacl.cluster import POLARITY, cluster_features
-from pacl.datasets import Task, rating, single
+from pacl.parts.readers import Task, rating, single
 from pacl.grid import (GRID, Experiment, asked, count_stages, flip, jobs_of, level_tasks, lines, read_grid, run_grid, vary)
 from pacl.partition import PARTITIONS, assign_partition
-from pacl.stages import InputError, read_record
+from pacl.parts.stages import InputError, read_record
 from pacl.tables import answers
 from pacl.train import SAMPLES, Posts
 
@@ -372,7 +372,7 @@ def test_clips_answers_stand_beside_each_seed(with_grid, monkeypatch):
         def embed_images(self, images): return np.asarray(images, np.float32).reshape(len(images), -1)[:, :8]
         def embed_texts(self, texts): return np.random.default_rng(0).normal(size=(len(texts), 8)).astype(np.float32)
     own = with_grid('table3:\n- {method: clip, protocols: [zero-shot]}\n')
-    monkeypatch.setattr('pacl.evaluators.evaluators_of', lambda run: (Clip(), None, None))
+    monkeypatch.setattr('pacl.parts.judges.evaluators_of', lambda run: (Clip(), None, None))
     predictions = pd.read_csv(run_grid(own, tables='3', **SMALL) / 'predictions.csv', dtype=str)
     assert set(zip(predictions['dataset'], predictions['task'])) == {('new', 'label'), ('new', 'levels')}  # `seen` is a control
     one, two = (q.drop(columns='seed').reset_index(drop=True) for _, q in predictions.groupby('seed'))

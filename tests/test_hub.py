@@ -1,4 +1,4 @@
-"""pacl.encoders' registries without a network: stand-ins of the true architectures, randomly initialised, in the hub's own layout.
+"""pacl.parts.encoders' registries without a network: stand-ins of the true architectures, randomly initialised, in the hub's own layout.
 Other tests import `make_backbone`, `make_open_clip`, `make_text_encoder` and `in_hub` from here."""
 import json
 import os
@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pacl.encoders import (BACKBONES, TEXT_ENCODERS, encode_texts, load, load_backbone, load_open_clip, load_text_encoder, run_features,
+from pacl.parts.encoders import (BACKBONES, TEXT_ENCODERS, encode_texts, load, load_backbone, load_open_clip, load_text_encoder, run_features,
                            run_frozen, save_backbone, text_encoder_of, to_input)
-from pacl.stages import InputError, read_record, write_stage
+from pacl.parts.stages import InputError, read_record, write_stage
 
 WORDS = 'so happy sad the a cat dog rain joy and fear of it is i am feeling'.split()
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
@@ -352,7 +352,7 @@ def test_the_stage_reads_no_stand_ins_where_an_encoder_is_named(hub, tmp_path):
 
 def test_a_picture_size_that_the_backbone_does_not_take(hub, tmp_path, monkeypatch):
     make_data(tmp_path / 'run', 96), make_backbone('vit_tiny_patch16_224', tmp_path / 'vit')
-    monkeypatch.setattr('pacl.encoders.load_text_encoder', None)  # nothing else is begun
+    monkeypatch.setattr('pacl.parts.encoders.load_text_encoder', None)  # nothing else is begun
     with pytest.raises(InputError, match=f'image_size=96, and {tmp_path}/vit takes 224. Set image_size=224.'):
         run_features(tmp_path / 'run', backbone=str(tmp_path / 'vit'), text_encoder='bert', trainable_stages=0)
 
@@ -361,7 +361,7 @@ def test_by_the_environment_alone(tmp_path):
     "HF_HOME and HF_HUB_OFFLINE, in a process of its own."
     make_backbone('resnet18', in_hub(tmp_path / 'hub', timm_id('resnet18')))
     make_text_encoder('skep', in_hub(tmp_path / 'hub', TEXT_ENCODERS['skep'][0]))
-    code = ("from pacl.encoders import encode_texts, load_backbone, load_text_encoder\n"
+    code = ("from pacl.parts.encoders import encode_texts, load_backbone, load_text_encoder\n"
             "print(load_backbone('resnet18').num_features, encode_texts(load_text_encoder('skep'), ['so sad']).shape)")
     env = os.environ | {'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'}
     done = subprocess.run([sys.executable, '-c', code], env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)

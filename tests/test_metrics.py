@@ -1,4 +1,4 @@
-"pacl.metrics: every metric against scikit-learn and against loops, intervals that hold what they promise, differences that are paired."
+"pacl.parts.metrics: every metric against scikit-learn and against loops, intervals that hold what they promise, differences that are paired."
 import warnings
 from math import comb
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn import metrics
 
-from pacl.metrics import (METRICS, class_metrics, compare, interval, mcnemar, metric_draws, ranking_metrics, rating_metrics, resamples,
+from pacl.parts.metrics import (METRICS, class_metrics, compare, interval, mcnemar, metric_draws, ranking_metrics, rating_metrics, resamples,
                           score, values)
 
 AVERAGES = 'multi-label', 'regression'

@@ -1,4 +1,4 @@
-"pacl.package, pacl.cli and what pip installs: what a user loads, asks, exports and hands on; files that are not to be trusted."
+"pacl.app.package, pacl.app.cli and what pip installs: what a user loads, asks, exports and hands on; files that are not to be trusted."
 import csv
 import io
 import json
@@ -22,12 +22,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import pacl
-from pacl.cli import main
-from pacl.datasets import Task
-from pacl.encoders import load_backbone, save_backbone
-from pacl.package import Head, load, train_head
-from pacl.pipeline import read_profile
-from pacl.stages import InputError, read_record, write_stage
+from pacl.app.cli import main
+from pacl.parts.readers import Task
+from pacl.parts.encoders import load_backbone, save_backbone
+from pacl.app.package import Head, load, train_head
+from pacl.app.pipeline import read_profile
+from pacl.parts.stages import InputError, read_record, write_stage
 
 ROOT = Path(__file__).parents[1]
 SIDE, CLASSES = 32, ('blue', 'green', 'red')
@@ -118,7 +118,7 @@ def test_predict(world, model, exported):
 
 
 def test_the_head_is_what_linear_evaluation_would_train(world, model, exported):
-    from pacl.data import read_benchmark
+    from pacl.parts.data import read_benchmark
     from pacl.evaluate import train_heads
     new = world / 'runs/demo/world/new'
     table, tasks = read_benchmark('folder', new, [None], new / 'split.csv')
@@ -364,8 +364,8 @@ def quickly(*command, **more):  # the fastest of three, seconds
 
 
 def test_help_is_there_at_once_and_torch_is_not():
-    assert quickly(sys.executable, '-m', 'pacl.cli', '--help', cwd=ROOT) < 1.5
-    code = 'import sys, pacl, pacl.cli; pacl.cli.parser(); sys.exit(bool({"torch", "numpy", "pandas", "timm"} & {*sys.modules}))'
+    assert quickly(sys.executable, '-m', 'pacl.app.cli', '--help', cwd=ROOT) < 1.5
+    code = 'import sys, pacl, pacl.app.cli; pacl.app.cli.parser(); sys.exit(bool({"torch", "numpy", "pandas", "timm"} & {*sys.modules}))'
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_data import COLOURS, make_world
 
-from pacl import evaluators, partition
-from pacl.data import in_post_order, load_set, run_data
-from pacl.datasets import read_table
+from pacl.parts import judges as evaluators
+from pacl import partition
+from pacl.parts.data import in_post_order, load_set, run_data
+from pacl.parts.readers import read_table
 from pacl.partition import (PARTITIONS, POOLS, SCALES, anp_cosines, assign_partition, clip_score, emotion_score,
                             partition_quality, plot_gallery, plot_partition, plot_thresholds, read_partition, rescale, run_partition,
                             score_cosines, score_posts, suggest_threshold, threshold_sweep, to_scores, user_paths)
-from pacl.stages import InputError, read_record, write_stage
+from pacl.parts.stages import InputError, read_record, write_stage
 
 def score_pairs(images, texts, clip, anp, sentiment, scale='clipscore', pool='sentence'):
     return to_scores(score_cosines(images, texts, clip, anp, sentiment, pool), scale)
@@ -329,9 +330,9 @@ class Sentiment(Evaluators):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    module = types.ModuleType('pacl.standins')
+    module = types.ModuleType('pacl.parts.standins')
     module.load_evaluators = lambda folder: (Clip(), Evaluators(), Sentiment())
-    monkeypatch.setitem(sys.modules, 'pacl.standins', module)
+    monkeypatch.setitem(sys.modules, 'pacl.parts.standins', module)
     run = make_world(tmp_path / 'run', bad=[7])
     run_data(run, image_size=4)
     with write_stage(run / 'standins', {'stage': 'standins'}) as folder: (folder / 'anps.txt').write_text('joy thing')

@@ -1,4 +1,4 @@
-"pacl.pictures: every kind of file works or has a reason; the cache after kill -9; the same picture twice."
+"pacl.parts.pictures: every kind of file works or has a reason; the cache after kill -9; the same picture twice."
 import io
 import json
 import multiprocessing
@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from pacl import pictures
-from pacl.pictures import contact_sheet, duplicates, fingerprint, fingerprints, image_or_reason, read_image, read_images
-from pacl.stages import InputError
+from pacl.parts import pictures
+from pacl.parts.pictures import contact_sheet, duplicates, fingerprint, fingerprints, image_or_reason, read_image, read_images
+from pacl.parts.stages import InputError
 
 PHOTO = Image.fromarray(load_sample_images().images[0])
 

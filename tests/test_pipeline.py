@@ -14,13 +14,13 @@ import nbformat
 import papermill
 import pytest
 
-from pacl import pipeline
-from pacl.pipeline import StageError, located, main, notebook_parameters, outside, run_notebook
+from pacl.app import pipeline
+from pacl.app.pipeline import StageError, located, main, notebook_parameters, outside, run_notebook
 
 MODULE = '''
 import os, subprocess, time
 from pathlib import Path
-from pacl.stages import InputError, progress, stage
+from pacl.parts.stages import InputError, progress, stage
 
 @stage('numbers')
 def run_numbers(run, out, *, n=3, kind='even', seed=0):
@@ -115,7 +115,7 @@ def test_all_current_needs_neither_papermill_nor_torch(quick):
     assert quick() == 0
     code = f'''import sys
 from pathlib import Path
-from pacl.pipeline import main
+from pacl.app.pipeline import main
 assert main(['--runs', 'runs'], {STAGES}, Path('nbs').absolute(), Path('profiles').absolute()) == 0
 print(*sys.modules)'''
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': ':'.join(sys.path)})
@@ -248,7 +248,7 @@ def test_a_preflight_that_fails_is_no_yes(quick, monkeypatch, capsys):
 def test_two_runs_in_one_folder(quick, capsys):
     holder = subprocess.Popen([sys.executable, '-c', '''
 from pathlib import Path
-from pacl.pipeline import locked
+from pacl.app.pipeline import locked
 with locked(Path('runs/demo')): print('locked', flush=True); input()'''], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               env={'PYTHONPATH': ':'.join(sys.path)})
     assert holder.stdout.readline() == b'locked\n'
@@ -314,7 +314,7 @@ def test_stopped_in_the_middle(mini, number, code):
     "Progress is shown on a terminal; Ctrl-C ends the kernel and its child, and leaves what is finished."
     program = f'''import sys
 from pathlib import Path
-from pacl.pipeline import main
+from pacl.app.pipeline import main
 sys.exit(main(['slow=true', '--runs', 'runs'], {STAGES}, Path('nbs').absolute(), Path('profiles').absolute()))'''
     terminal, side = pty.openpty()
     run = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, stderr=side, text=True,

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from test_evaluators import LOOK, TINY, random_weights, release
 from test_hub import in_hub, make_backbone, make_text_encoder
 
-from pacl import pipeline, preflight
-from pacl.pipeline import STAGES, notebook_parameters, read_settings
-from pacl.preflight import check, evaluation_pictures, main, on_the_hub, plan_training, speed, time_backbone, unreachable
+from pacl.app import pipeline, preflight
+from pacl.app.pipeline import STAGES, notebook_parameters, read_settings
+from pacl.app.preflight import check, evaluation_pictures, main, on_the_hub, plan_training, speed, time_backbone, unreachable
 
 ROOT = Path(__file__).parents[1]
 DECLARED = {notebook: notebook_parameters(ROOT / f'nbs/{notebook}.ipynb') for notebook in STAGES.values()}
@@ -171,7 +171,7 @@ def test_a_large_run_is_not_hashed(tmp_path, hub, monkeypatch):
         (run / stage / 'stage.json').write_text(json.dumps({'parameters': settings[notebook]}))
     with open(run / 'data/posts.npy', 'w') as file: file.truncate(10**10)
     monkeypatch.setattr(preflight, 'why_stale', None)
-    settings['06_train']['lr'] = .5
+    settings['04_train']['lr'] = .5
     state = preflight.state_of(run, stages, settings)
     assert state == dict.fromkeys(stages) | {'models': 'other settings'}
 
@@ -209,9 +209,9 @@ def test_the_profiles(tmp_path):
     assert {name: given[name] for name in paper} == paper and len(given['benchmarks']) == 7
     assert list(stages) == 'data features partition clusters models results experiments tables report'.split()
     _, settings, _ = asked(tmp_path, 'backbone=vit_base', 'lr=1e-5', 'benchmarks=[fi:$DATA/FI]')
-    assert settings['06_train']['lr'] == 1e-5 and settings['01_data']['benchmarks'] == [f'fi:{tmp_path}/data/FI']
+    assert settings['04_train']['lr'] == 1e-5 and settings['parts/data']['benchmarks'] == [f'fi:{tmp_path}/data/FI']
     _, own, stages = asked(tmp_path, 'backbone=resnet50', 'trainable_stages=0', profile='own')
-    assert own['01_data']['posts'] == f'{tmp_path}/data/posts' and own['02_encoders']['backbone'] == 'resnet50' and 'world' not in stages
+    assert own['parts/data']['posts'] == f'{tmp_path}/data/posts' and own['parts/encoders']['backbone'] == 'resnet50' and 'world' not in stages
 
 
 @pytest.mark.parametrize('parameter, value, name', [

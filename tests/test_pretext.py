@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from pacl import evaluators as evaluators_module
+from pacl.parts import judges as evaluators_module
 from pacl import pretext
-from pacl.encoders import id_keys, load, load_backbone, split_backbone
+from pacl.parts.encoders import id_keys, load, load_backbone, split_backbone
 from pacl.pretext import (ORDERS, TASKS, Captioner, Heads, PixelHead, best_phrases, caption_loss, four_looks, number_words, pretrain, see,
                           shuffle_tiles, to_lab)
-from pacl.stages import InputError, read_record, write_stage
+from pacl.parts.stages import InputError, read_record, write_stage
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 ASKED = {'factual': 'standins', 'phrases': 'deepsentibank:/x', 'sentences': 'bert'}

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from test_tables import TASKS, made_numbers, made_up, make_posts
 
-from pacl.datasets import Task
+from pacl.parts.readers import Task
 from pacl.evaluate import run_evaluate
 from pacl.report import (Column, Ours, advice, all_tables, as_latex, as_markdown, beside, best_of, check_claims, contributions,
                          html_table, in_short, page, plot_curves, printed, rank_correlations, read_paper, read_stands,
                          run_report, stage_records, stand_in, when_it_helps)
-from pacl.stages import InputError, write_stage
+from pacl.parts.stages import InputError, write_stage
 from pacl.tables import answers, difference, run_tables
 
 pytestmark = pytest.mark.usefixtures('one_thread')

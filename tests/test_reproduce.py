@@ -21,7 +21,7 @@ case "$*" in
   *sys.prefix*) echo "$FAKE_PREFIX" ;;
   '-m venv'*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
   '-m pip install'*) echo "${FAKE_PIP:-}"; sleep "${FAKE_SLOW:-0}"; [ -z "${FAKE_PIP:-}" ] ;;
-  '-m pacl.pipeline'*) pwd; exit "${FAKE_EXIT:-0}" ;;
+  '-m pacl.app.pipeline'*) pwd; exit "${FAKE_EXIT:-0}" ;;
   '-m pytest'*) echo '1 passed in 0.01s'; exit "${FAKE_PYTEST:-0}" ;;
 esac
 '''
@@ -71,7 +71,7 @@ def test_first_run_sets_up_and_the_second_does_not(clone):
     assert clone.asked('-m venv') == [f'-m venv --clear {clone.folder}/.venv']
     install, = clone.asked('pip install')  # one call for all
     assert install.endswith(f'-e {clone.folder}[demo,dev]')
-    assert clone.asked('pacl.pipeline') == ['-m pacl.pipeline']
+    assert clone.asked('pacl.app.pipeline') == ['-m pacl.app.pipeline']
     assert first.stdout.splitlines()[-1] == str(clone.path)  # runs where the user is
     second = clone.run()
     assert second.returncode == 0 and not clone.asked('venv') and not clone.asked('pip install')
@@ -108,7 +108,7 @@ def test_an_interrupted_set_up_starts_again(clone):
                                        ('tumemo', '--data', '/my data', 'backbone=vit_base', '--dry-run')])
 def test_arguments_reach_the_pipeline(clone, arguments):
     assert clone.run(*arguments).returncode == 0
-    assert clone.asked('pacl.pipeline') == [' '.join(('-m pacl.pipeline', *arguments))]
+    assert clone.asked('pacl.app.pipeline') == [' '.join(('-m pacl.app.pipeline', *arguments))]
 
 
 @pytest.mark.parametrize('profile, offline', [('demo', '1'), ('smoke', '1'), ('seed=1', '1'), ('tumemo', ''), ('own', '')])
@@ -153,7 +153,7 @@ def test_a_newer_python_beside_an_old_one_is_found(clone):
 ])
 def test_pip_fails(clone, said, message):
     run = clone.run(FAKE_PIP=said)
-    assert run.returncode == 1 and message in run.stderr and not clone.asked('pacl.pipeline')
+    assert run.returncode == 1 and message in run.stderr and not clone.asked('pacl.app.pipeline')
     if 'All that' in run.stderr: assert said in Path(run.stderr.strip().split('said: ')[-1]).read_text()
     assert clone.run('setup').returncode == 0  # nothing is taken for done
 
@@ -196,7 +196,7 @@ def test_test_goes_on_after_a_failure_and_names_it(clone, fails):
     if fails == 'nbdev_export': clone.tool(fails, f'#!/usr/bin/env bash\necho {fails} >>"$FAKE_LOG"\necho changed >pacl/new.py\n')
     run = clone.run('test', FAKE_PYTEST=str(int(fails == 'pytest')), FAKE_EXIT=str(int(fails == 'smoke profile')))
     assert [' '.join(line.split()[:3]) for line in clone.log.read_text().splitlines()][-7:] == [
-        '-m pip check', 'ruff check .', 'nbdev_export', 'nbdev_clean', 'nbdev_test --n_workers 2', '-m pacl.pipeline smoke', '-m pytest']
+        '-m pip check', 'ruff check .', 'nbdev_export', 'nbdev_clean', 'nbdev_test --n_workers 2', '-m pacl.app.pipeline smoke', '-m pytest']
     assert run.stdout.endswith('1 passed in 0.01s\n')
     if fails:
         assert run.returncode == 1 and re.fullmatch(rf'FAILED: {fails}( changes nothing)?', run.stderr.splitlines()[-1])

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pacl import stages
-from pacl.stages import InputError, in_shards, listing, progress, stage, why_stale
+from pacl.parts import stages
+from pacl.parts.stages import InputError, in_shards, listing, progress, stage, why_stale
 
 TOY = '''
 from pathlib import Path
-from pacl.stages import stage
+from pacl.parts.stages import stage
 from toy.maths import double  # the stage's result hangs on it
 
 @stage('numbers')
@@ -144,7 +144,7 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path, error):
 KILLED = '''
 import os, shutil, signal, sys
 from pathlib import Path
-from pacl import stages
+from pacl.parts import stages
 from toy.toys import run_numbers
 def die(*args): os.kill(os.getpid(), signal.SIGKILL)
 moment, steps, rename = sys.argv[1], iter(range(9)), Path.rename
@@ -224,7 +224,7 @@ def test_progress_goes_to_the_file_that_the_pipeline_shows(tmp_path, monkeypatch
 
 def test_import_is_light():
     "So that the pipeline can tell in a moment that all is current."
-    loaded = subprocess.run([sys.executable, '-c', 'import pacl.stages, sys; print(*sys.modules)'], capture_output=True, text=True)
+    loaded = subprocess.run([sys.executable, '-c', 'import pacl.parts.stages, sys; print(*sys.modules)'], capture_output=True, text=True)
     assert not {'torch', 'pandas', 'numpy', 'papermill'} & set(loaded.stdout.split())
     assert stages.__name__ in loaded.stdout
 

@@ -1,4 +1,4 @@
-"pacl.standins: tuned on no word of the posts, the same weights every time, and evaluators that answer as they were saved."
+"pacl.parts.standins: tuned on no word of the posts, the same weights every time, and evaluators that answer as they were saved."
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from pacl import standins
-from pacl.encoders import encode_texts, load_backbone, load_text_encoder, run_frozen
-from pacl.stages import file_hashes, write_stage
-from pacl.standins import (ADJECTIVES, KINDS, TUNING_WORDS, Evaluators, SentimentEncoder, load_evaluators, raw_text_encoder, run_standins,
+from pacl.parts import standins
+from pacl.parts.encoders import encode_texts, load_backbone, load_text_encoder, run_frozen
+from pacl.parts.stages import file_hashes, write_stage
+from pacl.parts.standins import (ADJECTIVES, KINDS, TUNING_WORDS, Evaluators, SentimentEncoder, load_evaluators, raw_text_encoder, run_standins,
                            tune_evaluators, tune_text_encoder, tuning_words)
-from pacl.world import CLEAN_WORDS, EMOTIONS, OBJECTS, POST_WORDS, compose, write_text
+from pacl.parts.world import CLEAN_WORDS, EMOTIONS, OBJECTS, POST_WORDS, compose, write_text
 
 N = 24
 

@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 from test_evaluate import make_benchmarks
 
-from pacl.datasets import Task, single
+from pacl.parts.readers import Task, single
 from pacl.evaluate import run_evaluate
-from pacl.metrics import compare, score
+from pacl.parts.metrics import compare, score
 from pacl.partition import PARTITIONS
-from pacl.stages import write_stage
+from pacl.parts.stages import write_stage
 from pacl.tables import (Answers, answers, as_printed, columns_of, differences, neighbours, note, pair_report, plot_classes,
                          plot_embeddings, plot_neighbours, plot_pairs, plot_ratings, reasons, recalls,
                          result_table, run_tables, strong_pairs_seen, task_table, tasks_printed, to_markdown,

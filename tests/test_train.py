@@ -31,8 +31,8 @@ from torch import nn
 
 from pacl import train as train_module
 from pacl.contrast import pacl_loss, release_loss
-from pacl.encoders import augment, id_keys, load_backbone, save_backbone, split_backbone, to_input
-from pacl.stages import InputError, read_record, write_stage
+from pacl.parts.encoders import augment, id_keys, load_backbone, save_backbone, split_backbone, to_input
+from pacl.parts.stages import InputError, read_record, write_stage
 from pacl.train import (FULL, MAIN, PARTITIONS, SAMPLES, Posts, Towers, TrainConfig, active_partitions, backward_step, batches_of,
                         count_images, endless_batches, enhance, gather_rows, load_checkpoint, loss_of, main, method_masks, own_rows,
                         plan_steps, run_train, save_checkpoint, step_losses, sum_gradients, train)

@@ -17,14 +17,14 @@ from test_hub import WORDS, in_hub, make_backbone, make_open_clip, make_text_enc
 import pacl
 import pacl.train as train_module
 from pacl.cluster import run_cluster
-from pacl.data import load_tasks, run_data
-from pacl.encoders import BACKBONES, TEXT_ENCODERS, load_backbone, run_features
+from pacl.parts.data import load_tasks, run_data
+from pacl.parts.encoders import BACKBONES, TEXT_ENCODERS, load_backbone, run_features
 from pacl.evaluate import run_evaluate
 from pacl.grid import run_grid
 from pacl.partition import PARTITIONS, read_partition, run_partition
-from pacl.pipeline import STAGES, notebook_parameters, read_settings
+from pacl.app.pipeline import STAGES, notebook_parameters, read_settings
 from pacl.report import run_report
-from pacl.stages import file_hashes, read_record, write_stage
+from pacl.parts.stages import file_hashes, read_record, write_stage
 from pacl.tables import run_tables
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"pacl.world: glyphs and words that no two sides share, pixels that no number of workers changes, noise with known shares."
+"pacl.parts.world: glyphs and words that no two sides share, pixels that no number of workers changes, noise with known shares."
 import os
 
 import numpy as np
@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, chisquare
 
-from pacl import world
-from pacl.stages import file_hashes
-from pacl.standins import TUNING_WORDS
-from pacl.world import (BARE_TEMPLATES, CAPTION_TEMPLATES, CLEAN_WORDS, CLUTTER, EMOTIONS, NOUNS, OBJECTS, POST_TEMPLATES, POST_WORDS,
+from pacl.parts import world
+from pacl.parts.stages import file_hashes
+from pacl.parts.standins import TUNING_WORDS
+from pacl.parts.world import (BARE_TEMPLATES, CAPTION_TEMPLATES, CLEAN_WORDS, CLUTTER, EMOTIONS, NOUNS, OBJECTS, POST_TEMPLATES, POST_WORDS,
                         POSITIVE, compose, draw_images, draw_mixtures, draw_pairs, draw_scene, glyph_picture, own_glyphs, run_world,
                         sign_glyphs, turn_hue, valence, write_text)
 
