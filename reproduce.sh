@@ -13,7 +13,7 @@ usage: ./reproduce.sh [PROFILE] [key=value ...] [--data ROOT] [--dry-run] [--run
                              the paper's experiment, on four GPUs: run nothing, list what is missing
                              and where to get it (exit code 2), and how long it takes; then without --dry-run
        ./reproduce.sh PROFILE --help
-                             every profile, and every key with its meaning and range
+                             every profile, and every key with its meaning
        ./reproduce.sh setup  only make the environment (the others do so themselves)
        ./reproduce.sh test   all checks
 

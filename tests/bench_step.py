@@ -1,10 +1,8 @@
 """What a training step costs beside its backbone. Both sides of each ratio are timed turn by turn in one run.
 
 step     read, augment, forward, adaptive loss, backward, AdamW, against forward, backward and AdamW of the same backbone on a batch
-         that is there already (EfficientNet-Lite0, 96 px, all of it learns, 64 pairs of one partition)
-text     the same step of a ResNet-50 at 224 px with the texts' features kept, against one that runs a text tower of RoBERTa-large's size
-         in each step, frozen and without gradient
-compile  the step of `step` with the backbone compiled, against not
+         that is there already (EfficientNet-Lite0, 96 px, all of it learns, 64 pairs of one partition): at most 1.10
+text     the same step with the texts' features kept, against one that runs a text tower of MiniLM's size in each step
 """
 import argparse
 import statistics
@@ -16,83 +14,72 @@ import numpy as np
 import torch
 from test_train import make_run
 
-from pacl import train
-from pacl.train import Batches, Posts, Towers, TrainConfig, backward_step, plan_steps, step_losses
+from pacl.partition import PARTITIONS
+from pacl.train import Batch, Pictures, Posts, Step, Towers, TrainConfig, must_be_finite, step_losses
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('what', nargs='?', default='step', choices=['step', 'text', 'compile'])
+parser.add_argument('what', nargs='?', default='step', choices=['step', 'text'])
 parser.add_argument('--rounds', type=int, default=10, help='of which the median is taken (%(default)s)')
 parser.add_argument('--batch', type=int, default=64, help='pairs (%(default)s)')
 parser.add_argument('--tokens', type=int, default=77, help='of each text (%(default)s)')
-parser.add_argument('--partition', default='weak', choices=train.PARTITIONS, help='whose loss (%(default)s, the dearest)')
+parser.add_argument('--partition', default='weak', choices=PARTITIONS, help='whose loss (%(default)s, the dearest)')
 
 
-class Step:
-    "A training step as `pacl.train.train` makes it."
-    def __init__(self, posts, **settings):
-        self.posts, self.config = posts, TrainConfig(**settings)
-        self.towers = Towers(posts, self.config)
+class WholeStep:
+    "A step as `pacl.train.train` makes it."
+    def __init__(self, posts, batch, partition):
+        self.posts, self.config, self.text, self.clusters = posts, TrainConfig(), posts.text(), posts.clusters()
+        rows = np.flatnonzero(posts.partition() == partition)[:batch]
+        self.pictures = Pictures(posts, [Step(0, [Batch(partition, rows)])], 0)
+        self.towers = Towers(posts, self.config, self.text.shape[1])
         self.optimizer = torch.optim.AdamW([p for p in self.towers.parameters() if p.requires_grad], fused=True)
-        self.plan = plan_steps(posts.partitions['evaluators'], self.config)
-        self.plan = [{'epoch': s['epoch'], args.partition: s[args.partition]} for s in self.plan if args.partition in s]
-        self.batches, self.number = Batches(posts, self.plan, 0), 0
 
     def inputs(self):
-        k = self.number = (self.number + 1) % len(self.plan)
-        return self.posts.inputs(self.batches[k], self.batches.rows[k], self.batches.seeds[k], self.towers.backbone)
+        pictures, rows, seeds = self.pictures[0]
+        return self.towers.image_inputs(torch.from_numpy(pictures), seeds), rows
 
-    def __call__(self, texts=None):
-        inputs = self.inputs()
-        step, rows = self.plan[self.number], self.batches.rows[self.number]
+    def __call__(self, text=None):
+        images, rows = self.inputs()
+        v, t = self.towers(images, self.text[rows] if text is None else text)
+        losses = step_losses(v, t, self.pictures.plan[0], self.clusters, self.config)
+        must_be_finite(losses, self.pictures.plan[0], self.posts.ids, 'bench')
         self.optimizer.zero_grad()
-        backward_step(self.towers, inputs, self.posts.text[rows] if texts is None else texts,
-                      lambda v, t: step_losses(v, t, step, self.posts, self.config), self.config)
+        sum(losses).backward()
+        self.optimizer.step()
+
+    def bare(self, images):
+        self.optimizer.zero_grad()
+        self.towers.trainable(images).square().mean().backward()
         self.optimizer.step()
 
 
-def bare(step, x):
-    step.optimizer.zero_grad()
-    step.towers.trainable(x).square().mean().backward()
-    step.optimizer.step()
-
-
-def compare(**works):
+def compare(rounds, **works):
     seconds = {name: [] for name in works}
-    for number in range(args.rounds + 1):  # the first round warms up
+    for number in range(rounds + 1):  # the first round warms up
         for name, work in works.items():
             start = time.perf_counter()
             work()
             if number: seconds[name].append(time.perf_counter() - start)
     (first, a), (second, b) = ((name, statistics.median(s)) for name, s in seconds.items())
     ratios = [x / y for x, y in zip(*seconds.values())]
-    print(f'{torch.get_num_threads()} threads, {args.batch} pairs: {first} {a:.3f} s, {second} {b:.3f} s a step; '
+    print(f'{torch.get_num_threads()} threads: {first} {a:.3f} s, {second} {b:.3f} s a step; '
           f'ratio {a / b:.3f} (each round {min(ratios):.2f} … {max(ratios):.2f})')
 
 
 if __name__ == '__main__':
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = dict(sizes=(max(2 * args.batch, 256),) * 4, trainable_stages=0, side=96)
-        if args.what == 'text':
-            import timm
-            from transformers import RobertaConfig, RobertaModel
-
-            from pacl.parts.encoders import save_backbone
-            save_backbone(timm.create_model('resnet50', num_classes=0), Path(folder) / 'resnet50', 224)
-            step = Step(Posts(make_run(Path(folder) / 'run', backbone=f'local-dir:{folder}/resnet50', **settings | {'side': 224})),
-                        batch_size=args.batch)
-            shape = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, vocab_size=50265)
-            tower = RobertaModel(RobertaConfig(**shape, max_position_embeddings=514), add_pooling_layer=False).eval()
-            tokens = torch.from_numpy(np.random.default_rng(0).integers(5, 50265, (args.batch, args.tokens)))
+        posts = Posts(make_run(Path(folder) / 'run', sizes=(max(2 * args.batch, 256),) * 4, trainable_stages=0, side=96))
+        step = WholeStep(posts, args.batch, args.partition)
+        if args.what == 'step':
+            images, _ = step.inputs()
+            compare(args.rounds, whole=step, bare=lambda: step.bare(images))
+        else:
+            from transformers import BertConfig, BertModel
+            tower = BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)).eval()
+            tokens = torch.randint(5, 30000, (args.batch, args.tokens))
 
             def with_text():
                 with torch.inference_mode(): features = tower(tokens).last_hidden_state[:, 0]
-                step(features[:, :step.posts.text.shape[1]].clone())
-            compare(**{'text tower in each step': with_text, 'features kept': step})
-        else:
-            posts = Posts(make_run(Path(folder) / 'run', **settings))
-            step = Step(posts, batch_size=args.batch)
-            if args.what == 'step':
-                x = step.inputs()
-                compare(**{'whole step': step, 'bare step': lambda: bare(step, x)})
-            else: compare(**{'compiled': Step(posts, batch_size=args.batch, compile=True), 'eager': step})
+                step(features.clone())
+            compare(args.rounds, **{'text tower in each step': with_text, 'features kept': step})

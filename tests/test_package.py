@@ -1,15 +1,13 @@
-"pacl.app.package, pacl.app.cli and what pip installs: what a user loads, asks, exports and hands on; files that are not to be trusted."
+"What a user loads, asks, exports, hands on and installs; files that are not to be trusted."
 import csv
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -17,16 +15,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import pacl
-from pacl.app.cli import main
+from pacl.app.pipeline import command_line as main
 from pacl.parts.readers import Task
 from pacl.parts.encoders import load_backbone, save_backbone
 from pacl.app.package import Head, load, train_head
-from pacl.app.pipeline import read_profile
 from pacl.parts.stages import InputError, read_record, write_stage
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +44,7 @@ def world(tmp_path_factory):
         if isinstance(part, torch.nn.BatchNorm2d): torch.nn.init.constant_(part.weight, 3)  # features large enough to learn from
     run = root / 'runs/demo'
     with write_stage(run / 'models', {'parameters': {}, 'inputs': {}, 'code': {}}) as new:
-        folder = new / 'pacl-evaluators-s0'
+        folder = new / 'pacl-s0'
         save_backbone(network, folder, SIDE)
         (folder / 'record.json').write_text(json.dumps({'method': 'pacl', 'partition': 'evaluators', 'seed': 0, 'lr': 0.001}))
     for name, parameters, result in (
@@ -56,16 +52,13 @@ def world(tmp_path_factory):
             ('data', {'posts': 'tumemo:/home/me/TumEmo', 'benchmarks': ['fi:/home/me/FI']}, {'posts': 9}),
             ('partition', {'threshold': 0.7, 'phrases': 'clip-anp:/home/me/a.txt'}, {'strong': 1234, 'weak': 5, 'auroc_factual': .9})):
         with write_stage(run / name, {'parameters': parameters, 'result': result, 'inputs': {}, 'code': {}}): pass
-    with write_stage(run / 'results', {'parameters': {}, 'inputs': {}, 'code': {}}) as new:
+    (run / 'models/runs.csv').write_text('run,folder,seed\nPACL,pacl-s0,0\nPACL,pacl-s1,1\ninitial,,0\n')
+    with write_stage(run / 'tables', {'parameters': {}}) as new:
         (new / 'results.csv').write_text(
-            'backbone,method,partition,protocol,dataset,task,level,metric,value,seed,n,ci_low,ci_high\n'
-            'r,pacl,evaluators,linear,fi,label,label,accuracy,0.654321,0,100,0.6,0.7\n'
-            'r,pacl,evaluators,linear,fi,label,label,weighted_f1,0.11,0,100,0.1,0.2\n'
-            'r,pacl,evaluators,linear,fi,label,label,accuracy,0.22,1,100,0.2,0.3\n'
-            'r,strong,evaluators,linear,fi,label,label,accuracy,0.33,0,100,0.3,0.4\n'
-            'r,initial,,linear,fi,label,label,accuracy,0.5,0,100,0.4,0.6\n'
-            'r,pacl,evaluators,linear,emotic,categories,awe,average_precision,0.44,0,100,0.4,0.5\n'
-            'r,pacl,evaluators,linear,emotic,categories,mean,average_precision,0.55,0,100,0.5,0.6\n')
+            'run,backbone,method,protocol,dataset,task,level,metric,value,seed,n,ci_low,ci_high\n'
+            'PACL,r,pacl,linear,fi,label,label,accuracy,0.654,0,100,0.6,0.7\n'
+            'PACL,r,pacl,linear,fi,label,label,accuracy,0.22,1,100,0.2,0.3\n'
+            'initial,r,initial,linear,fi,label,label,accuracy,0.33,0,100,0.4,0.6\n')
     for name in CLASSES:
         (folder := run / 'world/new' / name).mkdir(parents=True)
         for k in range(20): shade(name, k).save(folder / f'{k}.png')
@@ -77,7 +70,7 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def model(world): return world / 'runs/demo/models/pacl-evaluators-s0'
+def model(world): return world / 'runs/demo/models/pacl-s0'
 
 
 @pytest.fixture(scope='module')
@@ -93,15 +86,15 @@ def mine(exported, tmp_path): return shutil.copytree(exported, tmp_path / 'mine'
 def test_a_head_answers_what_its_task_asks():
     x, weight = torch.tensor([[1., 0.], [0., 1.]]), torch.tensor([[3., 1., 0., 2., -1.], [0., 4., 1., 0., 5.]])
     task = Task('hierarchical', ('level_1', 'level_2'), (('good', 'bad'), ('joy', 'awe', 'fear')))
-    first, second = Head(task, weight, torch.zeros(5)).answers(x)
+    first, second = Head(task, weight, torch.zeros(5), {}).answers(x)
     assert (first['level_1'], first['level_2'], second['level_1'], second['level_2']) == ('good', 'awe', 'bad', 'fear')
     assert first['level_1_probability'] == pytest.approx(1 / (1 + np.exp(-2))) == first['level_1_probabilities']['good']
     assert [*(last := second['level_2_probabilities'])] == ['joy', 'awe', 'fear'] and sum(last.values()) == pytest.approx(1)
     several = Task('multi-label', ('awe', 'fear'), (('awe', 'fear'),))
-    assert Head(several, weight[:, :2], torch.tensor([0., -1])).answers(x)[0] == pytest.approx({'awe': 1 / (1 + np.exp(-3)), 'fear': .5})
+    answer = Head(several, weight[:, :2], torch.tensor([0., -1]), {}).answers(x)[0]
+    assert answer == pytest.approx({'awe': 1 / (1 + np.exp(-3)), 'fear': .5})
     rating = Task('regression', ('valence',), ranges=((1, 9),))
-    assert Head(rating, weight[:, :1], torch.tensor([5.])).answers(x) == [{'valence': 8.}, {'valence': 5.}]
-    with pytest.raises(ValueError, match='not those of 5 outputs'): Head(task, weight[:, :4], torch.zeros(4))
+    assert Head(rating, weight[:, :1], torch.tensor([5.]), {}).answers(x) == [{'valence': 8.}, {'valence': 5.}]
 
 
 def test_predict(world, model, exported):
@@ -115,21 +108,6 @@ def test_predict(world, model, exported):
     plain = load(model)
     assert plain.head is None and torch.equal(plain(paths), encoder(paths))
     with pytest.raises(InputError, match='has no head.*pacl export MODEL OUT --head'): plain.predict(paths)
-
-
-def test_the_head_is_what_linear_evaluation_would_train(world, model, exported):
-    from pacl.parts.data import read_benchmark
-    from pacl.evaluate import train_heads
-    new = world / 'runs/demo/world/new'
-    table, tasks = read_benchmark('folder', new, [None], new / 'split.csv')
-    x = torch.cat([load(model)(new / image) for image in table['image']]).numpy()
-    (task,), y = tasks.values(), next(iter(tasks.values())).targets(table)
-    split = [table['split'].to_numpy() == name for name in ('train', 'val')]
-    (probe,), _ = train_heads(task, *((x[rows], y[rows]) for rows in split))
-    expected = (torch.from_numpy(x) @ probe.weight + probe.bias).softmax(1)  # not the weights: AdamW makes steps of rounding errors
-    torch.testing.assert_close(load(exported).head(torch.from_numpy(x)), expected, rtol=0, atol=5e-3)
-    about = json.loads((exported / 'head.json').read_text())
-    assert about['benchmark'] == 'folder/label' and sum(about['pictures'].values()) == 60 and about['scores'][0]['value'] > .9
 
 
 def test_a_benchmark_that_lacks_a_split(world, model, tmp_path):
@@ -155,25 +133,14 @@ def test_features_of_a_folder(world, model, tmp_path):
     assert {Path(name).name for name in found.rejected} == {'cut.png', 'words.jpg'} and 'not an image' in found.rejected.values()
     np.testing.assert_allclose(found.features, load(model)(found.images).numpy(), atol=1e-5)
     again = pacl.features([*found.images, folder / 'not there.png'], load(model))
-    assert again.images == found.images and again.rejected == {str(folder / 'not there.png'): 'No such file or directory'}
+    assert again.images == found.images and again.rejected == {str(folder / 'not there.png'): 'no image'}
     np.testing.assert_allclose(again.features, found.features, atol=1e-5)
     assert pacl.features([folder / 'words.jpg'], model).features.shape == (0, 96)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(InputError, match='empty holds no pictures'): pacl.features(tmp_path / 'empty', model)
-    with pytest.raises(InputError, match='nowhere is not a folder'): pacl.features(tmp_path / 'nowhere', model)
 
 
 # what is handed on
-
-def test_the_enhanced_encoder_adds_nothing(model, exported):
-    initial = timm.create_model('test_resnet', num_classes=0)
-    shapes = {name: value.shape for name, value in initial.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in initial.state_dict().items()}, size := exported.parent / 'initial.safetensors')
-    for folder in (model, exported):
-        assert {name: value.shape for name, value in load_file(folder / 'model.safetensors').items()} == shapes
-        assert (folder / 'model.safetensors').stat().st_size == size.stat().st_size
-    assert sum(p.numel() for p in load(exported).backbone.parameters()) == sum(p.numel() for p in initial.parameters())
-
 
 def test_timm_loads_an_export(world, model, exported):
     assert (exported / 'model.safetensors').read_bytes() == (model / 'model.safetensors').read_bytes()
@@ -187,7 +154,7 @@ def test_onnx_gives_what_torch_gives(world, exported, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     out = pacl.export(exported, tmp_path / 'onnx', onnx=True)
     assert sorted(file.name for file in out.iterdir()) == [
-        'MODEL_CARD.md', 'config.json', 'head.json', 'head.safetensors', 'model.onnx', 'model.safetensors', 'stage.json']
+        'README.md', 'config.json', 'head.json', 'head.safetensors', 'model.onnx', 'model.safetensors', 'stage.json']
     assert 0 <= read_record(out)['result']['onnx differs from torch by'] <= 1e-4
     session, encoder = onnxruntime.InferenceSession(out / 'model.onnx', providers=['CPUExecutionProvider']), load(out)
     pictures = torch.stack([encoder.transform(Image.open(world / f'photos/{name}.png')) for name in CLASSES])
@@ -198,36 +165,18 @@ def test_onnx_gives_what_torch_gives(world, exported, tmp_path):
         np.testing.assert_allclose(said, encoder.head(expected).numpy(), rtol=0, atol=1e-4)
 
 
-def test_an_onnx_file_that_differs_is_not_kept(model, tmp_path, monkeypatch):
-    onnxruntime = pytest.importorskip('onnxruntime')
-    class Other(onnxruntime.InferenceSession):
-        def run(self, *given): return [y + .1 for y in super().run(*given)]
-    monkeypatch.setattr(onnxruntime, 'InferenceSession', Other)
-    with pytest.raises(RuntimeError, match='model.onnx differs from torch by .*: the file was not kept'):
-        pacl.export(model, tmp_path / 'out', onnx=True)
-    assert not (tmp_path / 'out').exists()
-
-
-def test_without_onnx(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'onnxscript', None)
-    with pytest.raises(InputError, match=r'pip install "pacl\[onnx\]"'): pacl.export(model, tmp_path / 'out', onnx=True)
-    assert not (tmp_path / 'out').exists()
-
-
 def test_the_card_says_what_is_known(exported, model, tmp_path):
-    card = (exported / 'MODEL_CARD.md').read_text()
-    for said in ('# resnet, enhanced by PACL', 'skep', 'tumemo:TumEmo', 'strong 1,234, weak 5.', 'threshold 0.7', 'lr 0.001', 'apache-2.0',
-                 '| linear | fi | label | label | accuracy | 0.654 | [0.600, 0.700] | 100 | 0.500 |',
-                 '| mean | average_precision | 0.550 | [0.500, 0.600] | 100 |  |',
-                 'folder/label', 'bound to culture', 'not for judging people', f'{SIDE} pixels a side', 'encoder.predict('):
-        assert said in card, said
-    assert not [other for other in ('0.11', '0.22', '0.33', '0.44', '/home', str(exported.parent)) if other in card]
+    card = (exported / 'README.md').read_text()
+    for fact in ('library_name: timm', '# resnet, enhanced by PACL', 'skep', 'tumemo:TumEmo', '"strong": 1234', '"lr": 0.001', 'apache-2.0',
+                 '| linear | fi | label | label | accuracy | 0.654 | 0.6 | 0.7 | 100 |', 'folder/label', 'bound to culture',
+                 'not for judging people', f'{SIDE} pixels a side'):
+        assert fact in card, fact
+    assert not [other for other in ('0.22', '0.33', '/home', str(exported.parent)) if other in card]
     assert '/home' not in (exported / 'stage.json').read_text()
     again = pacl.export(exported, tmp_path / 'again')  # far from the run: what was known is handed on
-    assert (again / 'MODEL_CARD.md').read_text() == card
+    assert (again / 'README.md').read_text() == card
     shutil.copytree(model, tmp_path / 'alone', ignore=shutil.ignore_patterns('record.json'))
-    card = (pacl.export(tmp_path / 'alone', tmp_path / 'of alone') / 'MODEL_CARD.md').read_text()
-    assert 'Nothing else is known' in card and 'None of the encoder were found' in card and 'predict' not in card
+    assert 'None of the encoder' in (pacl.export(tmp_path / 'alone', tmp_path / 'of alone') / 'README.md').read_text()
 
 
 def test_where_an_export_may_go(model, exported, mine, tmp_path):
@@ -252,60 +201,47 @@ class Payload:
 def cut(path): path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'head.json', 'head.safetensors'])
-@pytest.mark.parametrize('spoil', ['unlink', 'cut', 'swap'])
-@pytest.mark.parametrize('known', [True, False])
-def test_a_spoilt_file_is_named(mine, name, spoil, known):
+@pytest.mark.parametrize('name, spoil', [(name, spoil) for name in ('config.json', 'model.safetensors', 'head.json', 'head.safetensors')
+                                         for spoil in ('unlink', 'cut', 'swap') if (name, spoil) != ('head.json', 'unlink')])  # no head
+def test_a_spoilt_file_is_named(mine, name, spoil):
     path = mine / name
-    if not known: (mine / 'stage.json').unlink()
     if spoil == 'unlink': path.unlink()
     elif spoil == 'cut': cut(path)
     elif name == 'config.json': path.write_text(path.read_text().replace('test_resnet', 'test_vit'))
     elif name == 'head.json': path.write_text(path.read_text().replace('"red"', '"red", "pink"'))
     else: save_file({k: v[:-1].contiguous() if k == 'weight' or v.ndim > 1 else v for k, v in load_file(path).items()}, path)
-    with pytest.raises(InputError) as error: load(mine)
-    message = str(error.value)
-    if name == 'config.json' and spoil == 'swap' and not known: assert str(mine) in message  # its weights do not fit it: one of the two
-    elif name == 'head.json' and spoil == 'swap' and not known: assert f'{mine}/head.' in message
-    else: assert message.startswith(str(path)), message
+    for _ in range(2):  # with the hashes of stage.json, and without
+        with pytest.raises(InputError) as error: load(mine)
+        assert str(mine) in str(error.value) and 'cannot be loaded' in str(error.value)
+        (mine / 'stage.json').unlink(missing_ok=True)
 
 
-def test_a_file_of_another_model_of_the_same_shape_is_named(model, mine, tmp_path):
-    other = {name: value + 1 for name, value in load_file(mine / 'model.safetensors').items()}
-    save_file(other, mine / 'model.safetensors')
-    with pytest.raises(InputError, match='model.safetensors is cut off, edited or swapped'): load(mine)
-    run = shutil.copytree(model.parent, tmp_path / 'models')  # in a run the stage's folder knows the hashes
-    assert load(run / model.name)
-    save_file(other, run / model.name / 'model.safetensors')
-    with pytest.raises(InputError, match=f'{model.name}/model.safetensors is cut off, edited or swapped'): load(run / model.name)
+@pytest.mark.parametrize('name', ['model.safetensors', 'head.safetensors', 'head.json'])
+def test_a_swapped_file_that_would_load_is_named(mine, name):
+    (mine / 'README.md').write_text('my own words')
+    load(mine)
+    if name == 'head.json': (mine / name).unlink()
+    else: save_file({key: 2 * value for key, value in load_file(mine / name).items()}, mine / name)
+    with pytest.raises(InputError, match=f'mine/{name} cannot be loaded: it is not the file that .*stage.json knows'): load(mine)
 
 
-@pytest.mark.parametrize('name', ['model.safetensors', 'head.safetensors'])
-@pytest.mark.parametrize('kind', ['pickle', 'torch'])
-def test_a_pickle_is_refused_and_not_run(mine, tmp_path, name, kind):
+def test_a_cut_file_of_a_run_is_named(world, tmp_path):
+    models = shutil.copytree(world / 'runs/demo/models', tmp_path / 'models')
+    cut(models / 'pacl-s0/model.safetensors')
+    with pytest.raises(InputError, match='pacl-s0/model.safetensors .*it is not the file that .*models/stage.json knows'):
+        load(models / 'pacl-s0')
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'head.safetensors', 'pytorch_model.bin'])
+def test_a_pickle_is_refused_and_not_run(mine, tmp_path, name):
     (mine / 'stage.json').unlink()
-    payload = {'weight': Payload(tmp_path / 'run')}
-    if kind == 'torch': torch.save(payload, mine / name)
-    else: (mine / name).write_bytes(pickle.dumps(payload))
-    with pytest.raises(InputError, match=f'{name} cannot be loaded'): load(mine)
+    (mine / 'model.safetensors').rename(mine / 'model.bak') if name.endswith('bin') else None
+    torch.save({'weight': Payload(tmp_path / 'run')}, mine / name)
+    with pytest.raises(InputError, match=str(mine)):
+        load_backbone(str(mine)) if name.endswith('bin') else load(mine)
     assert not (tmp_path / 'run').exists()
-    (pickle.loads if kind == 'pickle' else lambda b: torch.load(io.BytesIO(b), weights_only=False))((mine / name).read_bytes())
+    torch.load(io.BytesIO((mine / name).read_bytes()), weights_only=False)
     assert (tmp_path / 'run').exists()  # it would have run
-
-
-def test_a_pickle_in_the_hubs_layout_is_refused_and_not_run(mine, tmp_path):
-    (mine / 'model.safetensors').unlink()
-    torch.save({'weight': Payload(tmp_path / 'run')}, mine / 'pytorch_model.bin')
-    with pytest.raises(InputError, match=str(mine)): load_backbone(str(mine))
-    assert not (tmp_path / 'run').exists()
-
-
-def test_yaml_that_builds_objects_is_refused(tmp_path):
-    (path := tmp_path / 'bad.yaml').write_text(f'seed: 1\nname: !!python/object/apply:os.system ["touch {tmp_path}/run"]\n')
-    with pytest.raises(InputError, match='bad.yaml, line 2: could not determine a constructor for the tag'): read_profile(path)
-    assert not (tmp_path / 'run').exists()
-    yaml.unsafe_load(path.read_text())
-    assert (tmp_path / 'run').exists()
 
 
 # the command line
@@ -319,53 +255,45 @@ def test_predict_on_the_command_line(world, exported, tmp_path, capsys):
     assert [row['image'] for row in rows] == paths and [row['label'] for row in rows] == [*CLASSES, 'red'] and not err
     assert [*rows[0]] == ['image', 'label', 'label_probability']
     (tmp_path / 'bad.png').write_text('x')
-    assert main(['predict', str(exported), paths[0], str(tmp_path / 'bad.png'), '--json']) == 1  # the others are told all the same
+    assert main(['predict', str(exported), paths[0], str(tmp_path / 'bad.png')]) == 1  # the others are told all the same
     out, err = capsys.readouterr()
-    answer, = json.loads(out)
-    assert answer['image'] == paths[0] and {*answer['label_probabilities']} == {*CLASSES} and err == f'{tmp_path}/bad.png: not an image\n'
+    assert len(out.splitlines()) == 2 and err == f'{tmp_path}/bad.png: not an image\n'
 
 
 def test_what_the_user_must_mend_is_exit_2(world, model, tmp_path, capsys):
-    for argv, says in ((['predict', str(model), 'x.png'], 'has no head'), (['predict', str(tmp_path), 'x.png'], 'config.json is missing'),
-                       (['features', str(model), str(tmp_path / 'none'), '--out', 'x'], 'none is not a folder'),
+    for argv, says in ((['predict', str(model), 'x.png'], 'has no head'), (['predict', str(tmp_path), 'x.png'], 'cannot be loaded'),
                        (['export', str(model), str(world)], 'no earlier export'), (['enhance', 'p', 'o', 'epochs'], 'name=value'),
                        (['enhance', 'p', 'o', 'epochz=3'], 'unknown setting "epochz"; nearest valid: epochs'),
-                       (['enhance', 'p', 'o'], 'clip-anp:LIST'), (['check', 'fi', str(tmp_path / 'none')], 'none is not a folder'),
-                       (['run', 'dem'], 'no such profile')):
+                       (['enhance', 'p', 'o'], 'clip-anp:LIST'), (['check', 'fi', str(tmp_path / 'none')], 'none is not a folder')):
         assert main(argv) == 2, argv
         out, err = capsys.readouterr()
         assert says in err and 'Traceback' not in err and not out, argv
-    assert main([]) == 2 and 'COMMAND' in capsys.readouterr().err
-    with pytest.raises(SystemExit, match='2'): main(['predikt'])
+    for argv in ([], ['predikt']):
+        with pytest.raises(SystemExit, match='2'): main(argv)
+        assert 'COMMAND' in capsys.readouterr().err
 
 
 def test_features_on_the_command_line(world, model, tmp_path, capsys):
-    assert main(['features', str(model), str(world / 'photos'), '--out', str(tmp_path / 'f.npz'), '--json']) == 0
-    assert json.loads(capsys.readouterr().out) == [{'out': str(tmp_path / 'f.npz'), 'images': 3, 'dimension': 96, 'rejected': 0}]
+    names = [str(world / 'photos/red.png')] * 70 + [str(world / 'photos/blue.png')]  # a row for each, though one picture comes often
+    assert main(['features', str(model), *names, '--out', str(tmp_path / 'f.npz')]) == 0
+    assert '71 images, 96 features each, 0 rejected' in capsys.readouterr().out
     found = np.load(tmp_path / 'f.npz')
-    assert found['features'].shape == (3, 96) and found['features'].dtype == np.float32
-    assert [Path(name).stem for name in found['images']] == list(CLASSES)
+    assert found['features'].shape == (71, 96) and found['images'].tolist() == names
+    np.testing.assert_allclose(found['features'][0], found['features'][69], atol=1e-5)
+    assert main(['features', str(model), str(tmp_path / 'none'), '--out', str(tmp_path / 'new/f.npz')]) == 1
+    assert 'none: no image' in capsys.readouterr().err and len(np.load(tmp_path / 'new/f.npz')['images']) == 0
 
 
-@pytest.mark.parametrize('command', ['run', 'enhance', 'predict', 'features', 'export', 'check'])
+@pytest.mark.parametrize('command', ['enhance', 'predict', 'features', 'export', 'check'])
 def test_every_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit, match='0'): main([command, '--help'])
     said = capsys.readouterr().out
     assert re.search(r'(?i)examples?:\s+(\./reproduce\.sh|pacl|python -m pacl)', said), said
 
 
-def quickly(*command, **more):  # the fastest of three, seconds
-    def once():
-        start = time.perf_counter()
-        run = subprocess.run(command, capture_output=True, text=True, **more)
-        assert run.returncode == 0, run.stderr
-        return time.perf_counter() - start
-    return min(once() for _ in range(3))
-
-
-def test_help_is_there_at_once_and_torch_is_not():
-    assert quickly(sys.executable, '-m', 'pacl.app.cli', '--help', cwd=ROOT) < 1.5
-    code = 'import sys, pacl, pacl.app.cli; pacl.app.cli.parser(); sys.exit(bool({"torch", "numpy", "pandas", "timm"} & {*sys.modules}))'
+def test_help_does_not_wait_for_torch():
+    code = ('import sys; from pacl.app import pipeline; pipeline.parser(); '
+            'sys.exit(bool({"torch", "numpy", "pandas", "timm"} & {*sys.modules}))')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 
@@ -401,8 +329,8 @@ def test_enhance(tmp_path, capsys):
     argv = ['enhance', str(posts), str(tmp_path / 'mine'), *(f'{name}={value}' for name, value in given.items())]
     assert main(argv) == 0 and f'{tmp_path}/mine/model' in capsys.readouterr().out
     assert (tmp_path / 'mine/model/stage.json').stat().st_mtime_ns == before  # all was current
-    card = (pacl.export(tmp_path / 'mine/model', tmp_path / 'out') / 'MODEL_CARD.md').read_text()
-    assert '# start, enhanced by PACL' in card and 'strong ' in card and 'epochs 3' in card and str(tmp_path) not in card
+    card = (pacl.export(tmp_path / 'mine/model', tmp_path / 'out') / 'README.md').read_text()
+    assert '# start, enhanced by PACL' in card and '"epochs": 3' in card and str(tmp_path) not in card
     with pytest.raises(InputError, match='unknown setting "epoch"; nearest valid: epochs'): pacl.enhance(posts, tmp_path / 'x', epoch=3)
 
 
@@ -429,7 +357,7 @@ def built(tmp_path_factory):
 def test_what_is_in_the_wheel(built):
     wheel, = (built / 'dist').glob('*.whl')
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {f'pacl/{path.name}' for path in (ROOT / 'pacl').glob('*.py')} | {'pacl/py.typed'}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'pacl').rglob('*.py')} | {'pacl/py.typed'}
     assert modules == {name for name in names if not name.split('/')[0].endswith('.dist-info')}
     inside = {name.partition('.dist-info/')[2] for name in names}
     assert {'licenses/LICENSE', 'licenses/NOTICE', 'entry_points.txt', 'METADATA'} <= inside
@@ -475,5 +403,5 @@ def test_the_readmes_shell_lines(installed, tmp_path):
 
 def test_the_installed_command(installed):
     assert installed('pacl', '--version').stdout == f'{pacl.__version__}\n'
-    run = installed('pacl', 'run', 'demo')
+    run = installed(sys.executable, '-m', 'pacl.app.pipeline', 'demo')
     assert run.returncode == 2 and 'in a clone of the repository' in run.stderr and not run.stdout

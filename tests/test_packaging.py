@@ -1,11 +1,14 @@
 "The three files that name the dependencies name the same ones; nbdev leaves the package's front door alone."
+import ast
 import configparser
 import json
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import papermill
 import pytest
 import yaml
 
@@ -55,8 +58,34 @@ def test_unknown_attribute_of_the_package():
     with pytest.raises(AttributeError, match='pacl.*"lod"'): pacl.lod
 
 
-@pytest.mark.parametrize('path', sorted(ROOT.glob('nbs/*.ipynb')), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', sorted(ROOT.glob('pacl/**/[!_]*.py')), ids=lambda path: path.stem)
+def test_imports_go_down_only(path):
+    "Parts name neither sections nor the app, sections not the app; not even inside a function."
+    place = path.relative_to(ROOT).with_suffix('').parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
+        level, module = getattr(node, 'level', 0), getattr(node, 'module', None) or ''
+        names = ['.'.join(filter(None, [*(place[:-level] if level else ()), module, alias.name])) for alias in node.names]
+        above = r'pacl\.(?!parts|__version__)' if place[1] == 'parts' else r'pacl\.app' if place[1] != 'app' else '$^'
+        assert not [name for name in names if re.match(above, name)]
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('nbs/**/*.ipynb')), ids=lambda path: path.stem)
 def test_a_notebook_can_be_read_without_being_run(path):
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     looks = [c for c in cells if c['cell_type'] == 'code' and 'run' not in c['metadata'].get('tags', [])]
     assert any(c['outputs'] for c in looks)
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('nbs/**/*.ipynb')), ids=lambda path: path.stem)
+def test_papermill_reads_every_parameter_and_no_look_overwrites_one(path):
+    cells = [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    sources = [''.join(c['source']) for c in cells if 'parameters' not in c['metadata'].get('tags', [])]
+    given = {node.targets[0].id for c in cells if 'parameters' in c['metadata'].get('tags', [])
+             for node in ast.parse(''.join(c['source'])).body}
+    assert given == set(papermill.inspect_notebook(str(path)))
+    for node in [node for source in sources for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.For, ast.With))]:
+        names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+        comprehended = {name.id for inner in ast.walk(node) if isinstance(inner, ast.comprehension)
+                        for name in ast.walk(inner.target) if isinstance(name, ast.Name)}
+        assert not (names - comprehended) & given, ast.unparse(node)

