@@ -1,6 +1,10 @@
 "What several test files share."
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile('calm', deadline=None)  # a busy machine is no failure
+settings.load_profile('calm')
 
 
 @pytest.fixture(scope='module')
