@@ -45,7 +45,8 @@ free_gb() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1000000) }'; }
 
 install() {  # one call of pip, its last line shown while it works
   local log=$prefix/pacl-setup.log pid code=0 start=$SECONDS
-  "$py" -m pip install --no-input --disable-pip-version-check --progress-bar off -e "$here[demo,dev]" >"$log" 2>&1 &
+  "$py" -m pip install --no-input --disable-pip-version-check --progress-bar off \
+    -c "$here/constraints.txt" -e "$here[reproduce,onnx,dev]" >"$log" 2>&1 &
   pid=$!
   trap 'kill $pid 2>/dev/null; echo; exit 130' INT TERM  # what runs behind & does not hear Ctrl-C
   while kill -0 $pid 2>/dev/null; do
@@ -65,7 +66,7 @@ install() {  # one call of pip, its last line shown while it works
   stop "pip could not install the packages of pyproject.toml. All that it said: $log"
 }
 
-setup() {  # sets $py; does nothing where what pyproject.toml asks for is installed
+setup() {  # sets $py; does nothing where what pyproject.toml and constraints.txt ask for is installed
   local want
   if [ "${PACL_ENV:-}" = active ]; then
     find_python python python3
@@ -73,7 +74,7 @@ setup() {  # sets $py; does nothing where what pyproject.toml asks for is instal
   else
     py=$venv/bin/python prefix=$venv
   fi
-  want="$(cksum <"$here/pyproject.toml") $here"
+  want="$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum) $here"
   if [ "$(cat "$prefix/.pacl" 2>/dev/null)" != "$want" ] || ! is_new_enough "$py"; then
     mkdir -p "$prefix" || stop "The environment needs a folder that you may write: PACL_VENV=/other/folder ./reproduce.sh"
     if ! is_new_enough "$py"; then

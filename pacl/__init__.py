@@ -3,7 +3,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING: from pacl.app.package import enhance, export, features, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["enhance", "export", "features", "load"]
 
 

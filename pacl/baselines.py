@@ -4,7 +4,7 @@
 __all__ = ['ORDERS', 'YCBCR', 'sentiments', 'sentiment_penalty', 'sentiment_guided_loss', 'emotionclip_weights',
            'convert_emotionclip', 'as_map', 'PDANet', 'phrase_responses', 'bag_of_words', 'tile_orders',
            'shuffle_tiles', 'luma_chroma', 'four_looks', 'see', 'numbered', 'number_words', 'Captioner', 'normed',
-           'Heads', 'pretext_labels', 'draw_posts', 'pretrain']
+           'Heads', 'pretext_labels', 'pretrain']
 
 # %% ../nbs/06_baselines.ipynb #004
 import argparse
@@ -19,16 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .parts.data import load_set
-from .parts.encoders import augment, fit, load_backbone, save_backbone, split_backbone
+from .parts.encoders import augment, best_device, fit, load_backbone, save_backbone, split_backbone
 from .parts.encoders import text_encoder_of, to_input
 from .parts.judges import evaluators_of
 from .parts.stages import InputError, read_record
 
 # %% ../nbs/06_baselines.ipynb #007
-def sentiments(
-    texts: list[str],  # N
-) -> np.ndarray:       # (N, 3) float32: negative, neutral, positive; rows sum to 1, none is 0
-    "VADER's shares of a text's words. A text without words is neutral."
+def sentiments(texts: list[str]) -> np.ndarray:  # (N, 3) float32, rows sum to 1, none is 0
+    "VADER's shares of negative, neutral and positive words. A text without words is neutral."
     from vader import SentimentIntensityAnalyzer
     analyser = SentimentIntensityAnalyzer()
     scores = pd.DataFrame(map(analyser.polarity_scores, texts), columns=['neg', 'neu', 'pos'])
@@ -64,18 +62,13 @@ def sentiment_guided_loss(
     return (image_loss + text_loss) / 2
 
 # %% ../nbs/06_baselines.ipynb #017
-def emotionclip_weights(
-    checkpoint: Path,      # the released .pt
-) -> dict:              # tensors of the image encoder, without its projection, as open_clip calls them
+def emotionclip_weights(checkpoint: Path) -> dict:  # the released .pt → tensors, as open_clip calls them
+    "Of the image encoder, without its projection."
     with torch.serialization.safe_globals([argparse.Namespace]):
         model = torch.load(checkpoint, map_location='cpu', weights_only=True)['model']
     model.pop('backbone.visual.proj')
-    weights = {}
-    for name, value in model.items():
-        _, is_visual, rest = name.partition('backbone.visual.')
-        if is_visual:
-            weights[f'visual.{rest}'] = value.float()
-    return weights
+    visual = [name for name in model if name.startswith('backbone.visual.')]
+    return {name.removeprefix('backbone.'): model[name].float() for name in visual}
 
 # %% ../nbs/06_baselines.ipynb #018
 def convert_emotionclip(
@@ -103,10 +96,8 @@ def convert_emotionclip(
     save_backbone(model, folder, patch * side)
 
 # %% ../nbs/06_baselines.ipynb #022
-def as_map(
-    backbone: nn.Module,  # a timm model
-    x: Tensor,            # what its `forward_features` gives
-) -> Tensor:              # (N, C, h, w), whatever the architecture calls its last map
+def as_map(backbone: nn.Module, x: Tensor) -> Tensor:  # (N, C, h, w)
+    "Of what a timm model's `forward_features` gives, whatever the architecture calls its last map."
     if x.ndim == 3:  # tokens of a ViT
         patches = x[:, backbone.num_prefix_tokens:]
         return patches.transpose(1, 2).unflatten(2, backbone.patch_embed.grid_size)
@@ -213,10 +204,8 @@ def four_looks(
     return torch.cat([x, grey, enlarged, shuffle_tiles(x, orders)])
 
 # %% ../nbs/06_baselines.ipynb #044
-def see(
-    backbone: nn.Module,  # a timm model
-    x: Tensor,            # (N, 3, H, W), of `to_input`
-) -> tuple:  # 4 × (N, C_k, h_k, w_k); the last (N, C, h, w); (N, D), what backbone(x) is
+def see(backbone: nn.Module, x: Tensor) -> tuple:  # a timm model; (N, 3, H, W), of `to_input`
+    "4 × (N, C_k, h_k, w_k); the last (N, C, h, w); (N, D), what backbone(x) is."
     last, maps = backbone.forward_intermediates(x, indices=4)
     pooled = backbone.forward_head(last, pre_logits=True)
     return maps, as_map(backbone, last), pooled
@@ -265,8 +254,8 @@ class Heads(nn.Module):
         self.narrow = nn.ModuleList(nn.Conv2d(m.shape[1], 32, 1) for m in maps)
         self.caption = Captioner(width, n_words)
         self.say = nn.ModuleDict({
-            'colour': nn.Conv2d(32 * len(maps), 2, 3, padding=1),
-            'resolution': nn.Conv2d(32 * len(maps), 3 * 16, 3, padding=1),
+            'colour': nn.Conv2d(4 * 32, 2, 3, padding=1),
+            'resolution': nn.Conv2d(4 * 32, 3 * 16, 3, padding=1),
             'scene': nn.Linear(width, n_scenes),
             'jigsaw': nn.Linear(9 * last.shape[1], len(ORDERS)),
             'phrase': nn.Linear(width, n_phrases),
@@ -275,17 +264,14 @@ class Heads(nn.Module):
             nn.init.zeros_(parameter)
 
     def paint(self, task: str, maps: list, side: int) -> Tensor:  # (N, …, side, side) in [0, 1]
-        enlarged = []
-        for narrow, m in zip(self.narrow, maps):
-            enlarged.append(F.interpolate(narrow(m), side, mode='bilinear'))
+        pairs = zip(self.narrow, maps)
+        enlarged = [F.interpolate(narrow(m), side, mode='bilinear') for narrow, m in pairs]
         return self.say[task](torch.cat(enlarged, 1)).sigmoid()
 
     def forward(self,
-                seen: tuple,    # of `see`, of the four looks
-                x: Tensor,      # (N, 3, H, W) in [0, 1]: the pictures as they are
-                order: Tensor,  # (N,) int, row of ORDERS
-                scene: Tensor,  # (N,) int
-                phrase: Tensor, # (N,) int
+                seen: tuple,  # of `see`, of the four looks
+                x: Tensor,    # (N, 3, H, W) in [0, 1]: the pictures as they are
+                order: Tensor, scene: Tensor, phrase: Tensor,  # (N,) int; order: row of ORDERS
                 words: Tensor,  # (N, T) int
     ) -> dict:                  # {task: its loss}, in the order of the table
         maps, last, pooled = seen
@@ -311,28 +297,11 @@ def pretext_labels(
     texts: list[str],      # N
     pictures: np.ndarray,  # (N, H, W, 3) uint8
 ) -> list:                 # scene (N,), phrase (N,), words (N, T), all int
-    detector = evaluators_of(run)[1]
-    best = []
-    for start in range(0, len(pictures), 4096):
-        best += detector.top_phrases(pictures[start:start + 4096], k=1)
+    best = evaluators_of(run)[1].top_phrases(pictures, k=1)
     nouns = [phrase.split()[-1] for phrase in best]
-    labels = numbered(nouns), numbered(best), number_words(run, texts)
-    return [torch.from_numpy(label) for label in labels]
+    return [torch.from_numpy(x) for x in (numbered(nouns), numbered(best), number_words(run, texts))]
 
 # %% ../nbs/06_baselines.ipynb #055
-def draw_posts(
-    n_posts: int,
-    images: int,       # passes through the backbone, four for each post
-    batch_size: int,   # posts in a step
-    seed: int,
-) -> list[np.ndarray]: # of each step the rows of its posts: all in a new order, pass after pass
-    rng = np.random.default_rng((seed, 6))
-    n = max(images // 4, 1)
-    passes = [rng.permutation(n_posts) for _ in range(0, n, n_posts)]
-    rows = np.concatenate(passes)[:n]
-    return np.split(rows, range(batch_size, n, batch_size))
-
-# %% ../nbs/06_baselines.ipynb #056
 def pretrain(
     run: Path,              # the profile's folder: data/, features/ and partition/ are read
     folder: Path,           # where the backbone goes
@@ -348,10 +317,13 @@ def pretrain(
     Raises FloatingPointError where a loss is not finite."""
     settings = read_record(run / 'features')['parameters']
     posts, pictures = load_set(run, 'posts')
-    labels = pretext_labels(run, posts['text'].tolist(), pictures)
-    batches = draw_posts(len(posts), images, batch_size, seed)
+    n = max(images // 4, 1)
+    passes = np.tile(np.arange(len(posts)), (math.ceil(n / len(posts)), 1))
+    order = np.random.default_rng((seed, 6)).permuted(passes, axis=1).ravel()[:n]
+    batches = np.split(order, range(batch_size, n, batch_size))
     torch.manual_seed(seed)
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = best_device()
+    labels = [label.to(device) for label in pretext_labels(run, posts['text'].tolist(), pictures)]
     backbone = load_backbone(settings['backbone']).to(device).requires_grad_(False)
     trainable = split_backbone(backbone, settings['trainable_stages'])[1].requires_grad_(True)
 
@@ -359,11 +331,10 @@ def pretrain(
         rows = batches[step]
         x = torch.from_numpy(pictures[rows]).to(device).permute(0, 3, 1, 2) / 255
         x = augment(x, [(seed, step, row) for row in rows])
-        order = np.random.default_rng((seed, 7, step)).integers(len(ORDERS), size=len(rows))
-        looks = four_looks(x, ORDERS[order]).permute(0, 2, 3, 1)
+        tiles = torch.randint(len(ORDERS), [len(rows)])
+        looks = four_looks(x, ORDERS[tiles]).permute(0, 2, 3, 1)
         seen = see(backbone, to_input(255 * looks, backbone))
-        told = [torch.from_numpy(order), *(label[rows] for label in labels)]
-        return seen, x, *(label.to(device) for label in told)
+        return seen, x, tiles.to(device), *(label[rows] for label in labels)
 
     with torch.no_grad():
         given = look(0)
@@ -375,15 +346,13 @@ def pretrain(
         return {name: loss / first[name] for name, loss in losses.items()}
 
     groups = [{'params': trainable.parameters(), 'lr': lr}, {'params': heads.parameters(), 'lr': head_lr}]
-    steps = [[step] for step in range(len(batches))]
     log = []
-    for losses in fit(groups, loss_of, steps, 'six tasks'):
-        row = {name: (loss * first[name]).item() for name, loss in losses.items()}
-        if not np.isfinite([*row.values()]).all():
-            raise FloatingPointError(f'{folder.name}, step {len(log)}: {row}')
-        log.append(row)
+    for losses in fit(groups, loss_of, [[step] for step in range(len(batches))], 'six tasks'):
+        log.append({name: (loss * first[name]).item() for name, loss in losses.items()})
+        if not all(map(math.isfinite, log[-1].values())):
+            raise FloatingPointError(f'{folder.name}, step {len(log) - 1}: {log[-1]}')
     save_backbone(backbone, folder, pictures.shape[1])
     pd.DataFrame(log).to_csv(folder / 'log.csv', index_label='step')
     record = dict(method='feng', seed=seed, batch_size=batch_size, lr=lr, head_lr=head_lr,
-                  steps=len(log), images_seen=4 * max(images // 4, 1))
+                  steps=len(log), images_seen=4 * n)
     (folder / 'record.json').write_text(json.dumps(record, indent=1))

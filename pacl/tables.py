@@ -2,34 +2,30 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'TABLES', 'OURS_OF', 'TEST', 'SHARES', 'FIRST', 'NUMBERS', 'RESULTS', 'BUILDS_ON', 'COLUMN', 'OURS', 'CELLS',
-           'PAIR', 'TOLD', 'LOOKS', 'GAP', 'READ', 'CODE', 'read_paper', 'Outputs', 'as_outputs', 'read_outputs',
-           'as_printed', 'score_runs', 'builds_on', 'differences', 'beside', 'paper_tables', 'paper_pairs', 'agreement',
-           'in_words', 'table_to_read', 'results_to_read', 'to_markdown', 'to_latex', 'when_pairs', 'post_codes',
-           'similarities', 'pair_report', 'look', 'plot_rows', 'linear_accuracy', 'draw_figures', 'asked_pairs',
-           'write_tables', 'run_tables']
+           'PAIR', 'TOLD', 'LOOKS', 'AXES', 'CLAIMS', 'GAP', 'ASKED', 'UNITS', 'READ', 'CODE', 'read_paper', 'Outputs',
+           'as_outputs', 'read_outputs', 'as_printed', 'score_runs', 'builds_on', 'differences', 'beside',
+           'paper_tables', 'paper_pairs', 'side_of', 'agreement', 'in_words', 'to_read', 'table_to_read',
+           'results_to_read', 'write_table', 'when_pairs', 'look', 'plot_rows', 'with_settings', 'along', 'plot_lines',
+           'plot_moved', 'claims_told', 'first_asked', 'gap_rows', 'step_rows', 'draw_figures', 'main_runs',
+           'asked_pairs', 'write_tables', 'run_tables']
 
 # %% ../nbs/07_tables.ipynb #005
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
 from pandas import DataFrame, Series
-from safetensors.torch import load_file
-from torch import Tensor
 
 import pacl
-from .contrast import mask_quality, pair_masks
-from .evaluate import by_level, extract, learning_stages, summary
+from .evaluate import by_level, summary
 from .parts.data import load_set, load_tasks
 from .parts.encoders import BACKBONES
-from .parts.readers import Task, read_table
+from .parts.readers import Task
 from .parts.stages import InputError, figure, read_record, stage
-from .partition import PARTITIONS, read_partition
-from .train import METHODS, read_runs
+from .train import METHODS, SYMBOLS, Run, read_runs
 
 # %% ../nbs/07_tables.ipynb #007
 PAPER = Path(pacl.__file__).parents[1] / 'data' / 'paper'
@@ -54,36 +50,34 @@ def read_paper(
 @dataclass
 class Outputs:
     "What a run predicted in a task, with every seed."
-    targets: np.ndarray  # (n, L) codes of classes, or numbers
+    pictures: DataFrame  # n rows: id, and group where there is one
+    targets: np.ndarray  # (n, L) classes, or numbers
     outputs: np.ndarray  # (S, n, L)
     seeds: list          # S, ascending
     task: Task
 
     @functools.cached_property
     def measured(self) -> dict:  # {(level, metric): (S, 1 + draws)}
-        return by_level(self.task.kind, self.targets, self.outputs, self.task.columns)
+        units = self.pictures['group'].where(self.pictures['group'] != '', self.pictures['id'])
+        return by_level(self.task.kind, self.targets, self.outputs, self.task.columns, units)
 
 # %% ../nbs/07_tables.ipynb #011
 def as_outputs(
-    rows: DataFrame,  # level, seed, id, label, prediction of one run and task, all text
+    rows: DataFrame,  # level, seed, id, group, label, prediction of one run and task, all text
     task: Task,
 ) -> Outputs:
     rows = rows.assign(seed=rows['seed'].astype(int))
-    classes = pd.Index(sorted(rows['label'].unique()))
-    answers = ['label', 'prediction']
-    for column in answers:
-        if task.chooses:
-            # codes are compared faster than names; −1: no picture is of this class
-            rows[column] = classes.get_indexer(rows[column])
-        else:
-            rows[column] = rows[column].astype(float)
-    wide = rows.pivot(index=['seed', 'id'], columns='level', values=answers)
-    levels = list(task.columns)
+    wide = rows.pivot(index=['seed', 'id', 'group'], columns='level', values=['label', 'prediction'])
     seeds = list(wide.index.unique('seed'))
-    shape = len(seeds), -1, len(levels)
-    labels = wide['label'][levels].to_numpy().reshape(shape)
-    predictions = wide['prediction'][levels].to_numpy().reshape(shape)
-    return Outputs(labels[0], predictions, seeds, task)
+    pictures = wide.loc[seeds[0]].index.to_frame(index=False)
+    kind = str if task.chooses else float
+
+    def of_seeds(column):
+        answers = wide[column][list(task.columns)].to_numpy(kind)
+        return answers.reshape(len(seeds), len(pictures), -1)
+
+    targets, *_ = of_seeds('label')  # the same for each
+    return Outputs(pictures, targets, of_seeds('prediction'), seeds, task)
 
 # %% ../nbs/07_tables.ipynb #012
 TEST = ['protocol', 'dataset', 'task']
@@ -97,24 +91,22 @@ def read_outputs(
     outputs = {}
     for key, rows in predictions.groupby(['run', *TEST], sort=False):
         dataset, name = key[2:]
-        classes = tuple(rows['label'].unique())
-        alone = Task('single-label', (name,), (classes,))
-        task = tasks[dataset].get(name, alone)
-        outputs[key] = as_outputs(rows, task)
+        alone = Task('single-label', (name,))
+        outputs[key] = as_outputs(rows, tasks[dataset].get(name, alone))
     return outputs
 
 # %% ../nbs/07_tables.ipynb #016
 SHARES = ('accuracy', 'weighted_f1', 'average_precision', 'roc_auc')  # in %
-FIRST = ['accuracy', 'average_precision', 'mse']  # of each kind of task, where one must do
+FIRST = ['accuracy', 'average_precision', 'r2']  # of each kind of task, where one must do
 NUMBERS = ['value', 'ci_low', 'ci_high']
 
 def as_printed(
     table: DataFrame,  # of `summary`
     *about: str,       # protocol, dataset, task
 ) -> DataFrame:
-    means = table['level'] == 'mean'
-    if means.any():
-        table = table[means].assign(level=about[-1])
+    is_class = table['metric'].isin(['average_precision', 'roc_auc']) & (table['level'] != 'mean')
+    table = table[~is_class].replace({'level': {'mean': about[-1]}})
+    table = table.drop_duplicates(['level', 'metric'])
     factor = np.where(table['metric'].isin(SHARES), 100, 1)
     table[NUMBERS] = table[NUMBERS].mul(factor, axis=0)
     return table.assign(**dict(zip(TEST, about)))
@@ -165,19 +157,17 @@ def builds_on(
 def differences(
     outputs: dict,  # of `read_outputs`
     pairs: list,    # (a, b), runs
-) -> DataFrame:     # a, b, TEST, level, metric, difference, low, high
+) -> DataFrame:     # a, b, TEST, level, metric, and the difference as NUMBERS
     "a − b on the same pictures with the same seeds, in every task that both were asked."
-    columns = ['a', 'b', *TEST, 'level', 'metric', 'difference', 'low', 'high']
-    names = {'value': 'difference', 'ci_low': 'low', 'ci_high': 'high'}
+    columns = ['a', 'b', *TEST, 'level', 'metric', *NUMBERS]
     tables = [DataFrame(columns=columns)]
     for a, b in pairs:
         for (run, *test), given in outputs.items():
             other = outputs.get((b, *test))
-            if run != a or other is None or other.seeds != given.seeds:
-                continue
-            gain = {key: x - other.measured[key] for key, x in given.measured.items()}
-            table = as_printed(summary(gain, len(given.targets)), *test)
-            tables.append(table.rename(columns=names).assign(a=a, b=b))
+            if run == a and other and other.seeds == given.seeds:
+                gain = {key: x - other.measured[key] for key, x in given.measured.items()}
+                table = as_printed(summary(gain, len(given.targets)), *test)
+                tables.append(table.assign(a=a, b=b))
     return pd.concat(tables, ignore_index=True)[columns]
 
 # %% ../nbs/07_tables.ipynb #024
@@ -194,10 +184,8 @@ def beside(
     ours['test'] = ours['dataset'] + '/' + ours['level']
     tests = ours[OURS].drop_duplicates()
     is_alone = tests['task'] == tests['level']
-    if alone:
-        tests = tests[is_alone]
-    else:
-        tests = pd.concat([tests[~is_alone], tests[is_alone]])
+    order = is_alone.sort_values(kind='stable').index
+    tests = tests[is_alone] if alone else tests.loc[order]
     columns = paper[COLUMN].drop_duplicates()
     columns = read_paper('stands').merge(columns).merge(tests)
     columns = columns.drop_duplicates(COLUMN).drop_duplicates(OURS)
@@ -256,20 +244,25 @@ def paper_pairs(
 # %% ../nbs/07_tables.ipynb #029
 TOLD = ['as_paper', 'opposite', 'open']  # by our intervals
 
+def side_of(
+    table: DataFrame,  # with NUMBERS of differences
+) -> Series:           # 1, −1, or 0 where the interval holds 0; NaN where there is none
+    ends = table[['ci_low', 'ci_high']].astype(float)
+    return np.sign(ends).mean(axis=1).round()
+
 def agreement(
     lines: DataFrame,  # of `paper_tables`
-    signs: DataFrame,  # of `paper_pairs`, with low and high of ours
+    signs: DataFrame,  # of `paper_pairs`, with NUMBERS of ours
 ) -> DataFrame:        # CELLS, kendall; pairs told as_paper, opposite, open
-    both = lines.dropna(subset=['paper', 'value'])
-    both = both.groupby(CELLS, sort=False)
-    correlations = both[['paper', 'value']].corr('kendall')
-    kendall = correlations['paper'].xs('value', level=-1)
-    ours = np.sign(signs[['low', 'high']]).mean(axis=1).round()  # 0 where the interval holds 0
-    told = (ours * signs['paper_sign']).map({1: 'as_paper', -1: 'opposite', 0: 'open'})
+    both = lines.dropna(subset=['paper', 'value']).groupby(CELLS, sort=False)
+    kendall = {}
+    for cells, rows in both:
+        if len(rows) > 2: kendall[cells] = rows['paper'].astype(float).corr(rows['value'].astype(float), 'kendall')
+    told = (side_of(signs) * signs['paper_sign']).map({1: 'as_paper', -1: 'opposite', 0: 'open'})
     counts = signs.assign(told=told).groupby([*CELLS, 'told']).size()
     counts = counts.unstack(fill_value=0)
     counts = counts.reindex(both.size().index, columns=TOLD, fill_value=0)
-    return counts.assign(kendall=kendall.where(both.size() > 2)).reset_index()
+    return counts.assign(kendall=[kendall.get(cells, np.nan) for cells in counts.index]).reset_index()
 
 # %% ../nbs/07_tables.ipynb #031
 def in_words(
@@ -280,41 +273,43 @@ def in_words(
     texts = [form.format(row) for form, row in zip(forms, rows.itertuples())]
     return Series(texts, rows.index, dtype=str).where(rows['value'].notna(), '')
 
+def to_read(
+    rows: DataFrame,  # with the columns below, and `text`
+    index: list,
+    columns: list,
+) -> DataFrame:       # text
+    rows = rows.drop_duplicates([*index, *columns])  # in Table 5, PACL stands in three sweeps
+    return rows.set_index([*index, *columns])['text'].unstack(columns, sort=False).fillna('')
+
 def table_to_read(
     lines: DataFrame,  # of `paper_tables`, of one table
 ) -> DataFrame:        # text: a row for each test and run, a column for each metric
     "The paper's number stands behind ours where test and backbone are the same."
-    rows = lines.assign(text=in_words(lines))
-    for row in rows.index[rows['same'] & rows['paper'].notna()]:
-        rows.loc[row, 'text'] += f' (paper {rows["paper"][row]:.2f})'
-    index = ['paper_test', 'test', 'protocol', 'run']
-    rows = rows.drop_duplicates([*index, 'metric'])  # in Table 5, PACL stands in three sweeps
-    rows = rows.set_index([*index, 'metric'])
-    return rows['text'].unstack(sort=False).fillna('')
+    paper = ' (paper ' + lines['paper'].map('{:.2f}'.format) + ')'
+    text = in_words(lines) + paper.where(lines['same'] & lines['paper'].notna(), '')
+    return to_read(lines.assign(text=text), ['paper_test', 'test', 'protocol', 'run'], ['metric'])
 
 def results_to_read(
     results: DataFrame,  # of `score_runs`, of one backbone
     protocol: str,
 ) -> DataFrame:          # text: a row for each run, a column for each test
     rows = results.query('seed == "all" and protocol == @protocol and metric in @FIRST')
-    rows = rows.assign(test=rows['dataset'] + '/' + rows['level'], text=in_words(rows))
-    rows = rows.drop_duplicates(['run', 'test', 'metric'])
-    rows = rows.set_index(['run', 'test', 'metric'])
-    return rows['text'].unstack(['test', 'metric'], sort=False).fillna('')
+    test = rows['dataset'] + '/' + rows['level']
+    return to_read(rows.assign(test=test, text=in_words(rows)), ['run'], ['test', 'metric'])
 
 # %% ../nbs/07_tables.ipynb #033
-def to_markdown(table: DataFrame) -> str:
-    "pandas' own needs one more package."
-    flat = table.reset_index()
-    lines = [flat.columns, ['---'] * flat.shape[1], *flat.to_numpy()]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-
-def to_latex(table: DataFrame) -> str:
-    "For pdflatex with booktabs."
-    style = table.reset_index().style.hide()
+def write_table(
+    table: DataFrame,  # text
+    path: Path,        # without an ending
+) -> None:
+    "For reading: path.md, and path.tex for pdflatex with booktabs."
+    style = table.rename_axis(None, axis=1).reset_index().style.hide()
+    first, *rows = style.to_string(delimiter=' | ').splitlines()
+    rule = ' | '.join(['---'] * len(style.columns))
+    path.with_suffix('.md').write_text('\n'.join([first, rule, *rows]), encoding='utf-8')
     style = style.format(escape='latex').format_index(escape='latex', axis=1)
-    symbols = {'γ': r'$\gamma$', 'τ': r'$\tau$'}
-    return style.to_latex(hrules=True).translate(str.maketrans(symbols))
+    latex = style.to_latex(hrules=True).replace('γ', r'$\gamma$').replace('τ', r'$\tau$')
+    path.with_suffix('.tex').write_text(latex, encoding='utf-8')
 
 # %% ../nbs/07_tables.ipynb #035
 def when_pairs(
@@ -327,154 +322,219 @@ def when_pairs(
     return pairs[['run', 'run_plain']].set_axis(['a', 'b'], axis=1)
 
 # %% ../nbs/07_tables.ipynb #037
-def post_codes(
-    run: Path,  # the profile's folder
-) -> Tensor:    # (posts, 6) int: clusters; objects of image and text, emotions; −1: none
-    ids = load_set(run, 'posts')[0]['id']
-    truth = read_table(run / 'partition' / 'truth.csv', ['id']).set_index('id').loc[ids]
-    clusters = read_table(run / 'clusters' / 'clusters.csv', ['id']).set_index('id').loc[ids]
-    codes = []
-    for kind in ('factual', 'emotional'):
-        codes.append(clusters[f'{kind}_cluster'].astype(int))
-    for kind in ('object', 'emotion'):
-        names = pd.Index(truth[kind].unique())
-        for column in (kind, f'text_{kind}'):
-            codes.append(names.get_indexer(truth[column]))
-    return torch.from_numpy(np.stack(codes, 1))
-
-@torch.no_grad()
-def similarities(
-    run: Path,
-    folder: str,        # of models/
-    posts: np.ndarray,  # (n,) rows
-) -> Tensor:            # (n, n) s_ij, images in rows
-    early = run / 'features' / 'early_posts.npy'
-    if early.exists():
-        pictures = np.load(early, mmap_mode='r')[0]
-    else:
-        pictures = load_set(run, 'posts')[1]
-    texts = np.load(run / 'features' / 'text.npy', mmap_mode='r')
-    towers = load_file(run / 'models' / folder / 'projectors.safetensors')
-    v = extract(pictures[posts], learning_stages(run, folder)).cpu()
-    v = F.normalize(v @ towers['image_projector'].T, dim=1)
-    t = torch.from_numpy(texts[posts])
-    t = F.normalize(t @ towers['text_projector'].T, dim=1)
-    return v @ t.T
-
-# %% ../nbs/07_tables.ipynb #038
-def pair_report(
-    run: Path,      # the profile's folder, of posts whose truth is known
-    seed: int = 0,  # which posts
-) -> DataFrame:     # run, seed, partition, and the shares of `mask_quality`
-    "§3.3 against the truth, by the PACL models of the main runs."
-    codes = post_codes(run)
-    runs = read_runs(run).query('method == "pacl" and tables.str.contains("main")')
-    ids = load_set(run, 'posts')[0]['id']
-    rows = []
-    for q in runs.itertuples():
-        name = 'true_partition.csv' if q.partition == 'true' else 'partition.csv'
-        table = read_partition(run / 'partition' / name, ids)
-        for partition in PARTITIONS:
-            members = np.flatnonzero(table['partition'] == partition)
-            posts = np.random.default_rng(seed).permutation(members)[:64]
-            if not len(posts):
-                continue
-            factual, emotional, *truth = codes[posts].T
-            sim = similarities(run, q.folder, posts)
-            masks = pair_masks(sim, partition, factual, emotional)
-            about = {'run': q.run, 'seed': q.seed, 'partition': partition}
-            rows.append(about | mask_quality(masks, *truth))
-    return DataFrame(rows)
-
-# %% ../nbs/07_tables.ipynb #040
 LOOKS = {m.label: {'color': m.colour, 'marker': m.marker} for m in METHODS.values()}
 
 def look(run: str) -> dict:  # of its method
-    method = run if run in LOOKS else run.partition(', ')[0]
-    return LOOKS.get(method, {'marker': 'o'})
+    return LOOKS.get(run.partition(', ')[0], {'color': '#777777', 'marker': 'o'})
 
 def plot_rows(
-    table: DataFrame,  # panel, row (its name), run, value, low, high; base: dotted
+    table: DataFrame,  # panel, row (its name), run, NUMBERS; base: dotted
     label: str,        # of the x axis
 ):  # -> matplotlib Figure
-    "A panel for each question, a mark in a row; bars are 95 % intervals."
-    names = list(table['row'].unique())[::-1]
+    "A panel for each question, a bar in a row with its 95 % interval."
     panels = table.groupby('panel', sort=False)
-    fig = figure(3 + 2.2 * len(panels), 1 + .3 * len(names))
-    axes = fig.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)
+    heights = panels.size().tolist()
+    fig = figure(5, .6 + .4 * len(heights) + .36 * sum(heights))
+    axes = fig.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     for ax, (title, rows) in zip(axes.flat, panels):
-        for q in rows.itertuples():
-            ends = [[q.value - q.low], [q.high - q.value]]
-            ax.errorbar(q.value, names.index(q.row), xerr=ends, capsize=3, **look(q.run))
+        colours = [look(run)['color'] for run in rows['run']]
+        ends = rows['value'] - rows['ci_low'], rows['ci_high'] - rows['value']
+        bars = ax.barh(rows['row'], rows['value'], xerr=ends, capsize=2.5, color=colours, alpha=.65)
+        ax.bar_label(bars, fmt='%.3g', padding=3)
         ax.axvline(rows['base'].iloc[0], c='k', ls=':')
-        ax.set_title(title, fontsize=9)
-        ax.set(xlabel=label, ylim=(-.5, len(names) - .5))
-        ax.set_yticks(range(len(names)), names)
+        ax.set_title(title, loc='left', fontsize=10, weight='bold')
+        ax.invert_yaxis()
+        ax.margins(x=.15)
+        ax.spines[['top', 'right']].set_visible(False)
+    ax.set_xlabel(label)
     return fig
 
-# %% ../nbs/07_tables.ipynb #043
-GAP = [METHODS[name].label for name in ('initial', 'unpartitioned', 'strong', 'pacl')]
+# %% ../nbs/07_tables.ipynb #040
+AXES = {'threshold': 'threshold γ', 'n_clusters': 'number of clusters r', 'temperature': 'temperature τ',
+        'budget': 'images seen, as a share of the usual', 'partition': 'partition',
+        'mismatched': 'share of pairs that do not match', 'flipped': 'share of posts in a wrong partition'}
 
-def linear_accuracy(
-    table: DataFrame,  # of `score_runs` or `differences`
-) -> DataFrame:        # of linear evaluation on whole tasks, called as in figures
-    rows = table.query('protocol == "linear" and metric == "accuracy" and task == level')
-    names = {'ci_low': 'low', 'ci_high': 'high', 'difference': 'value'}
-    return rows.rename(columns=names).assign(panel=rows['dataset'] + '/' + rows['task'], base=0)
+def with_settings(run: Path) -> DataFrame:  # of `read_runs`, a row for each run, with the profile's own settings
+    runs = read_runs(run).drop_duplicates('run')
+    usual = {}
+    for folder in ('partition', 'clusters', 'models'):
+        usual |= read_record(run / folder)['parameters']
+    chosen = usual.get('chosen', {})
+    for name in AXES:
+        own = [chosen.get(method, {}).get(name, usual.get(name, '')) for method in runs['method']]
+        runs[name] = runs[name].where(runs[name] != '', own).astype(float, errors='ignore')
+    return runs
+
+def along(
+    settings: tuple,     # of AXES
+    runs: DataFrame,     # of `with_settings`
+    numbers: DataFrame,  # run, metric, NUMBERS
+) -> DataFrame:          # axis, panel, line (the method), run, x (text), metric, NUMBERS
+    tables = [DataFrame()]
+    runs = runs.merge(numbers[['run', 'metric', *NUMBERS]])
+    for name in settings:
+        others = [other for other in Run.__dataclass_fields__ if other != name]
+        several = runs.groupby(others, dropna=False)[name].transform('nunique') > 1
+        rows = runs[several].sort_values(name, kind='stable')
+        own = SYMBOLS.get(name, name + ' {}').replace('{}', '[^,]+')
+        rest = rows['run'].str.replace(', ' + own, '', regex=True)
+        rows[['line', 'panel']] = rest.str.extract('([^,]*)(?:, )?(.*)')
+        tables.append(rows.assign(axis=AXES[name], x=rows[name].astype(str).str.removesuffix('.0')))
+    return pd.concat(tables)
+
+# %% ../nbs/07_tables.ipynb #041
+def plot_lines(
+    table: DataFrame,  # of `along`
+    label: str,        # of the y axis
+):  # -> matplotlib Figure
+    "A panel for each setting, a line for each method; bars are 95 % intervals."
+    panels = table.groupby(['axis', 'panel'], sort=False)
+    height = (panels.ngroups + 1) // 2
+    fig = figure(5, .4 + 2.3 * height)
+    fig.supylabel(label, fontsize=9)
+    for k, ((axis, title), rows) in enumerate(panels, 1):
+        ax = fig.add_subplot(height, 2, k, sharey=fig.axes[0] if k > 1 else None)
+        styles = itertools.cycle(['-', '--', ':', '-.'])
+        for (name, line), style in zip(rows.groupby('line', sort=False), styles):
+            ends = line['value'] - line['ci_low'], line['ci_high'] - line['value']
+            ax.errorbar(line['x'], line['value'], ends, ls=style, label=name, capsize=2, ms=4, **look(line['run'].iloc[0]))
+        ax.set_title(title, fontsize=7, loc='left')
+        ax.set_xlabel(axis, fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.legend(fontsize=7, frameon=False, handlelength=3)
+    return fig
+
+# %% ../nbs/07_tables.ipynb #042
+def plot_moved(
+    run: Path,
+    before: Outputs,  # of a regression
+    after: Outputs,
+    dataset: str,
+    n: int = 5,       # of each kind
+):  # -> matplotlib Figure
+    "The pictures whose first rating (valence) is told much better after than before, and those told much worse."
+    truth = after.targets[:, 0]
+    was = before.outputs[..., 0].mean(0)
+    now = after.outputs[..., 0].mean(0)
+    order = np.argsort(abs(now - truth) - abs(was - truth))
+    table, images = load_set(run, dataset)
+    rows = pd.Index(table['id']).get_indexer(after.pictures['id'])
+    fig = figure(5, 3.4)
+    fig.suptitle('above: told better than before; below: told worse', fontsize=9)
+    for ax, k in zip(fig.subplots(2, n).flat, [*order[:n], *order[:-n - 1:-1]]):
+        ax.imshow(images[rows[k]])
+        ax.set_title(f'rated {truth[k]:.1f}\n{was[k]:.1f} → {now[k]:.1f}', fontsize=8)
+        ax.axis('off')
+    return fig
 
 # %% ../nbs/07_tables.ipynb #044
+CLAIMS = [  # claim; a is better than b; protocol; where it is seen
+    ('An encoder tells emotions better after PACL than before', 'PACL', 'initial', 'linear', 'gap'),
+    ('So it does when it is fine-tuned', 'PACL', 'initial', 'fine-tune', 'Table 1'),
+    ('Posts that are partitioned teach more than the same posts in one heap', 'PACL', 'unpartitioned', 'linear', 'gap'),
+    ('Posts that match in both senses alone teach more than all posts', 'strong only', 'unpartitioned', 'linear', 'gap'),
+    ('Posts that match in one sense add to them', 'strong + partial', 'strong only', 'linear', 'Table 4'),
+    ('Posts that match in none add to those', 'PACL', 'strong + partial', 'linear', 'Table 4'),
+    ('Mismatched pairs help, told by the factual score', 'factual partition', 'factual partition, matched', 'linear', 'Table 4'),
+    ('Mismatched pairs help, told by the emotional score', 'emotional partition', 'emotional partition, matched', 'linear', 'Table 4'),
+    ('PACL teaches more than the pretext tasks of Feng et al.', 'PACL', 'Feng et al.', 'linear', 'Table 1'),
+    ('PACL teaches more than the loss of EmotionCLIP', 'PACL', 'EmotionCLIP', 'linear', 'Table 1'),
+    ('Without any label, PACL tells emotions better than CLIP', 'PACL', 'CLIP', 'zero-shot all', 'Table 3'),
+]
+
+def claims_told(
+    compared: DataFrame,  # of `differences`
+) -> DataFrame:           # claim, a, b, protocol, seen in; told; dataset, task, NUMBERS of our difference
+    tests = compared.query('metric in @FIRST').drop_duplicates(['a', 'b', 'protocol'])
+    table = DataFrame(CLAIMS, columns=['claim', 'a', 'b', 'protocol', 'seen in']).merge(tests, 'left')
+    told = side_of(table).map({1: 'holds here', -1: 'does not', 0: 'cannot be told'})
+    return table.assign(told=told.fillna('was not asked'))
+
+# %% ../nbs/07_tables.ipynb #046
+GAP = [METHODS[name].label for name in ('initial', 'unpartitioned', 'strong', 'pacl')]
+ASKED = {'label': 'emotion'}  # a task in a reader's word
+UNITS = {'accuracy': ('accuracy, %', 'points of accuracy'), 'r2': ('R²', 'R²'),
+         'average_precision': ('average precision, %', 'points of average precision')}
+
+def first_asked(
+    results: DataFrame,  # of `score_runs`
+    protocol: str = 'linear',
+) -> DataFrame:          # TEST, level, metric: a row, of the test that is named first in the profile
+    asked = results.query('protocol == @protocol and metric in @FIRST')
+    return asked[[*TEST, 'level', 'metric']][:1]
+
+def gap_rows(
+    run: Path,
+    results: DataFrame,  # of `score_runs`
+) -> DataFrame:          # for `plot_rows`: of the first set that asks for objects, these and emotions
+    rows = results.query('protocol == "linear" and metric == "accuracy" and run in @GAP and level in ["object", "label"]')
+    rows = rows.merge(rows.query('level == "object"')[['dataset']][:1])
+    rows = rows.sort_values('level', ascending=False, kind='stable')
+    tasks = load_tasks(run)
+    n = np.array([tasks[q.dataset][q.task].sizes[0] for q in rows.itertuples()])
+    titles = [f'Which of {k} {ASKED.get(level, level)}s?' for k, level in zip(n, rows['level'])]
+    return rows.assign(row=rows['run'], panel=titles, base=100 / n)
+
+def step_rows(
+    runs: DataFrame,   # of `with_settings`
+    gains: DataFrame,  # of `differences`, of one test
+) -> DataFrame:        # for `plot_rows`: each method against the one it builds on
+    main = [run for run in main_runs(runs) if run in LOOKS]
+    steps = DataFrame({'a': main, 'b': [builds_on(run, main) for run in main]})
+    rows = gains.merge(steps)
+    panel = rows['level'].replace(ASKED) + ' (' + rows['dataset'] + ')'
+    return rows.assign(row=rows['a'] + '\n− ' + rows['b'], panel=panel, base=0)
+
+# %% ../nbs/07_tables.ipynb #047
 def draw_figures(
     run: Path,
+    runs: DataFrame,      # of `with_settings`
+    outputs: dict,        # of `read_outputs`
     results: DataFrame,   # of `score_runs`
-    lines: DataFrame,     # of `paper_tables`
     compared: DataFrame,  # of `differences`
 ) -> dict:                # {name: figure}, of what was run
-    runs = read_runs(run)
-    shares = linear_accuracy(results.query('seed == "all"'))
-    gains = linear_accuracy(compared)
+    results = results.query('seed == "all"')
+    first = first_asked(results)
+    gains = compared.merge(first)
     gains['run'] = gains['a']
-
-    tasks = load_tasks(run)
-    sets = list(shares.query('task == "object"')['dataset'])
-    gap = shares[shares['run'].isin(GAP) & shares['dataset'].isin(sets)]
-    chance = [100 * tasks[q.dataset][q.task].chance[0] for q in gap.itertuples()]
-    gap = gap.assign(row=gap['run'], base=chance)
-
-    main = runs.query('tables != "when" and tables != "table5"')['run'].unique()
-    bases = DataFrame({'a': main, 'b': [builds_on(a, main) for a in main]})
-    steps = gains.merge(bases)
-    steps['row'] = steps['a'] + ' − ' + steps['b']
-
-    first = shares[['dataset', 'task']][:1]
-    when = gains.merge(first).merge(when_pairs(runs))
-    parts = when['a'].str.partition(', ', expand=False).str
-    when['panel'] = parts[0]
-    when['row'] = parts[2].replace('', "the profile's own")
-
-    sweeps = linear_accuracy(lines).query('table == "table5"')
-    sweeps = sweeps.assign(row=sweeps['sweep'] + ' ' + sweeps['setting'], base=np.nan)
-    drawn = {
-        'gap': (gap, 'right answers, %; dotted: chance'),
-        'contributions': (steps, 'points of accuracy'),
-        'when': (when, 'gain, points'),
-        'sweeps': (sweeps, 'accuracy, %'),
+    choice = along(('temperature',), runs, results.merge(first_asked(results, 'validation')))
+    choice = choice.rename(columns={'panel': 'line', 'line': 'panel'})  # a panel for each method, a line for its rates
+    sweeps = along(('threshold', 'n_clusters', 'temperature', 'budget'), runs, results.merge(first))
+    when = along(('mismatched', 'flipped', 'partition'), runs, gains.merge(when_pairs(runs)))
+    tables = {
+        'gap': (plot_rows, gap_rows(run, results), '{}; dotted: a blind guess'),
+        'contributions': (plot_rows, step_rows(runs, gains), 'gain, {1}'),
+        'choice': (plot_lines, choice, '{}, on validation pictures'),
+        'sweeps': (plot_lines, sweeps, '{}'),
+        'when': (plot_lines, when, 'gain, {1}'),
     }
-    return {name: plot_rows(*given) for name, given in drawn.items() if len(given[0])}
+    drawn = {}
+    for name, (plot, table, label) in tables.items():
+        if len(table):
+            drawn[name] = plot(table, label.format(*UNITS[table['metric'].iloc[0]]))
+    for key, after in outputs.items():
+        before = outputs.get(('initial', *key[1:]))
+        if key[:2] == ('PACL', 'linear') and after.task.kind == 'regression' and before:
+            drawn['moved'] = plot_moved(run, before, after, key[2])
+    return drawn
 
-# %% ../nbs/07_tables.ipynb #045
+# %% ../nbs/07_tables.ipynb #048
+def main_runs(runs: DataFrame) -> list:  # that are compared with what they build on
+    return list(runs['run'][~runs['tables'].isin(['when', 'choice'])])
+
 def asked_pairs(
-    runs: DataFrame,   # of `read_runs`
+    runs: DataFrame,   # of `with_settings`
     pairs: DataFrame,  # of `paper_pairs`
 ) -> list[tuple]:      # (a, b)
     "Each run with the one it builds on, PACL with each method, the paper's and those of `when`."
-    main = runs.query('tables != "when"')['run'].unique()
+    main = main_runs(runs)
     asked = [(run, builds_on(run, main)) for run in main]
     asked += [('PACL', run) for run in main if run in LOOKS and run != 'PACL']
     for table in (pairs, when_pairs(runs)):
         asked += zip(table['a'], table['b'])
     return list(dict.fromkeys(asked))
 
-# %% ../nbs/07_tables.ipynb #046
+# %% ../nbs/07_tables.ipynb #049
 def write_tables(
     out: Path,         # tableN.csv; .md and .tex for reading
     lines: DataFrame,  # of `paper_tables`
@@ -482,39 +542,35 @@ def write_tables(
     for name, rows in lines.groupby('table', sort=False):
         rows = rows.assign(paper=rows['paper'].where(rows['same']))
         rows.round(3).to_csv(out / f'{name}.csv', index=False)
-        table = table_to_read(rows)
-        (out / f'{name}.md').write_text(to_markdown(table), encoding='utf-8')
-        (out / f'{name}.tex').write_text(to_latex(table), encoding='utf-8')
+        write_table(table_to_read(rows), out / name)
 
 READ = ('data', 'features', 'partition', 'clusters', 'models', 'results')
 
-CODE = ('pacl.contrast', 'pacl.evaluate', 'pacl.partition', 'pacl.train', 'pacl.parts.readers')
+CODE = ('pacl.evaluate', 'pacl.train', 'pacl.parts.readers')
 
 @stage('tables', reads=READ, outside=lambda given: [PAPER], code=CODE)
 def run_tables(
-    run: Path,      # the profile's folder
-    out: Path,      # given by @stage
-    *,
-    seed: int = 0,  # of the posts that the masks are looked at
-) -> dict:          # TOLD, of all tables
-    "§4: results, differences, signs, agreement, pairs (csv); tableN (csv, md, tex); figures/ (png)."
+    run: Path,  # the profile's folder
+    out: Path,  # given by @stage
+) -> dict:      # TOLD, of all tables
+    "§4: results, differences, signs, agreement, claims, choice (csv); tableN (csv, md, tex); figures/ (png)."
     outputs = read_outputs(run)
-    runs = read_runs(run)
+    runs = with_settings(run)
     backbone = read_record(run / 'features')['parameters']['backbone']
-    methods = dict(zip(runs['run'], runs['method']))
-    results = score_runs(outputs, backbone, methods)
+    everything = score_runs(outputs, backbone, dict(zip(runs['run'], runs['method'])))
+    chosen = everything['protocol'] == 'validation'  # by these answers: they are no result
+    results = everything[~chosen]
     lines = paper_tables(results)
     pairs = paper_pairs(lines)
     compared = differences(outputs, asked_pairs(runs, pairs))
     signs = pairs.merge(compared)
     told = agreement(lines, signs)
-    written = {'results': results, 'differences': compared, 'signs': signs, 'agreement': told}
-    if (run / 'partition' / 'truth.csv').exists():
-        written['pairs'] = pair_report(run, seed)
+    written = {'results': results, 'differences': compared, 'signs': signs, 'agreement': told,
+               'claims': claims_told(compared), 'choice': everything[chosen]}
     for name, table in written.items():
         table.round(4).to_csv(out / f'{name}.csv', index=False)
     write_tables(out, lines)
     (out / 'figures').mkdir()
-    for name, drawn in draw_figures(run, results, lines, compared).items():
-        drawn.savefig(out / 'figures' / f'{name}.png', dpi=120)
+    for name, drawn in draw_figures(run, runs, outputs, everything, compared).items():
+        drawn.savefig(out / 'figures' / f'{name}.png', dpi=180)
     return told[TOLD].sum().to_dict()

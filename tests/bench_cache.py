@@ -1,4 +1,4 @@
-"""An epoch of pictures from the cache against decoding their files each time: milliseconds a picture.
+"""An epoch of pictures from the cache against decoding their files each time, torchvision's ImageFolder + DataLoader among the ways.
 
 python tests/bench_cache.py                 256 JPEGs of one megapixel at 224 px: a minute, 0.1 GB of disk
 """
@@ -12,6 +12,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 from pacl.parts.pictures import read_image, read_images
 
@@ -22,36 +25,44 @@ def make_photos(folder):
     "Cut from two real photos, enlarged, with a little noise as sensors have it, quality 90."
     rng = np.random.default_rng(0)
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    (folder / 'joy').mkdir(parents=True)
     for i in range(N):
         x, y = rng.integers(0, 127, 2).tolist()
         photo = photos[i % 2].crop((x, y, x + 300, y + 300)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         noisy = np.asarray(photo) + rng.normal(0, 4, (SIDE, SIDE, 3))
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f'{i}.jpg', quality=90)
-    return pd.DataFrame({'id': range(N), 'image': [f'{i}.jpg' for i in range(N)]})
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f'joy/{i}.jpg', quality=90)
+    return pd.DataFrame({'id': range(N), 'image': [f'joy/{i}.jpg' for i in range(N)]})
 
 
-def read_plainly(path):
-    with Image.open(path) as image: return np.asarray(image.convert('RGB').resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+def image_folder(folder):
+    "Batches of an epoch, its workers' start included."
+    resize = transforms.Resize((SIZE, SIZE), transforms.InterpolationMode.BICUBIC)
+    files = ImageFolder(folder, transforms.Compose([resize, transforms.PILToTensor()]))
+    return DataLoader(files, 64, shuffle=True, num_workers=THREADS)
 
 
 def main():
     with tempfile.TemporaryDirectory() as folder, ThreadPool(THREADS) as pool:
         folder = Path(folder)
-        table = make_photos(folder)
-        images, _, _ = read_images(table, folder, SIZE, folder / 'cache')
-        paths = [folder / image for image in table['image']]
-        ways = {
-            'decoded whole by Pillow': lambda rows: pool.map(lambda i: read_plainly(paths[i]), rows),
-            'decoded by read_image (draft)': lambda rows: pool.map(lambda i: read_image(paths[i].read_bytes(), SIZE), rows),
-            'from the cache': lambda rows: images[rows]}
+        photos = folder / 'photos'
+        table = make_photos(photos)
+        images, _, _ = read_images(table, photos, SIZE, folder / 'cache')
+        paths = [photos / image for image in table['image']]
+
+        def batches(): return np.random.default_rng(0).permutation(N).reshape(-1, 64)
+
+        def drafts(rows): return pool.map(lambda i: read_image(paths[i].read_bytes(), SIZE), rows)
+
+        ways = {'ImageFolder and DataLoader': lambda: list(image_folder(photos)),
+                'decoded by read_image (draft)': lambda: [drafts(rows) for rows in batches()],
+                'from the cache': lambda: [images[rows] for rows in batches()]}
         seconds = {way: [] for way in ways}
-        for seed in range(REPEATS):  # in turn; the median counts
-            order = np.random.default_rng(seed).permutation(N)
+        for _ in range(REPEATS):  # in turn; the median counts
             for way, read in ways.items():
                 start = time.time()
-                for at in range(0, N, 64): read(order[at:at + 64])
+                read()
                 seconds[way].append(time.time() - start)
-        print(f'{N} JPEGs of {SIDE}×{SIDE} to {SIZE} px, batches of 64, random order, {THREADS} threads; files in memory')
+        print(f'{N} JPEGs of {SIDE}×{SIDE} to {SIZE} px, batches of 64, random order, {THREADS} threads or workers; files in memory')
         for way, times in seconds.items(): print(f'{way:30} {statistics.median(times) / N * 1000:7.3f} ms a picture')
 
 

@@ -1,51 +1,54 @@
-"""What a training step costs beside its backbone. Both sides of each ratio are timed turn by turn in one run.
+"""A training step beside what one would use instead and beside its bare network, turn by turn in one run, on the CPU.
 
-step     read, augment, forward, adaptive loss, backward, AdamW, against forward, backward and AdamW of the same backbone on a batch
-         that is there already (EfficientNet-Lite0, 96 px, all of it learns, 64 pairs of one partition): at most 1.10
-text     the same step with the texts' features kept, against one that runs a text tower of MiniLM's size in each step
+python tests/bench_step.py           EfficientNet-Lite0, 96 px, all of it learns, 4 × 16 pairs: three minutes
+
+pacl       read, augment, both towers, the four losses, AdamW, as `pacl.train.train` does it
+open_clip  the same towers and batch in open_clip_train's own train_one_epoch with its ClipLoss; at most 1.05 of it is aimed at
+bare       forward, backward, AdamW of the network on a batch that is there already; at most 1.10
 """
 import argparse
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import torch
+from gpu_check import config_of
+from open_clip.loss import ClipLoss
+from open_clip_train.train import train_one_epoch
 from test_train import make_run
+from torch import nn
+from torch.nn import functional as F
 
-from pacl.partition import PARTITIONS
-from pacl.train import Batch, Pictures, Posts, Step, Towers, TrainConfig, must_be_finite, step_losses
+from pacl.train import Pictures, Posts, Towers, must_be_finite, plan_steps, step_losses
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('what', nargs='?', default='step', choices=['step', 'text'])
-parser.add_argument('--rounds', type=int, default=10, help='of which the median is taken (%(default)s)')
-parser.add_argument('--batch', type=int, default=64, help='pairs (%(default)s)')
-parser.add_argument('--tokens', type=int, default=77, help='of each text (%(default)s)')
-parser.add_argument('--partition', default='weak', choices=PARTITIONS, help='whose loss (%(default)s, the dearest)')
+SETTINGS = SimpleNamespace(device='cpu', precision='fp32', distill=False, accum_freq=1, skip_scheduler=True, horovod=False,
+                           grad_clip_norm=None, rank=0, local_rank=0, world_size=1, log_every_n_steps=1, batch_size=64, wandb=False)
 
 
-class WholeStep:
-    "A step as `pacl.train.train` makes it."
-    def __init__(self, posts, batch, partition):
-        self.posts, self.config, self.text, self.clusters = posts, TrainConfig(), posts.text(), posts.clusters()
-        rows = np.flatnonzero(posts.partition() == partition)[:batch]
-        self.pictures = Pictures(posts, [Step(0, [Batch(partition, rows)])], 0)
-        self.towers = Towers(posts, self.config, self.text.shape[1])
+class Work:
+    "Towers, their optimizer, and one step of the plan."
+    num_batches, num_samples = 1, 64  # for open_clip_train
+
+    def __init__(self, posts, config):
+        self.posts, self.config, self.text, self.clusters = posts, config, posts.text(), posts.clusters()
+        self.step = plan_steps(posts.partition(), config)[-1]
+        self.pictures = Pictures(posts, [self.step], 0)
+        self.towers = Towers(posts, config, self.text.shape[1])
         self.optimizer = torch.optim.AdamW([p for p in self.towers.parameters() if p.requires_grad], fused=True)
 
-    def inputs(self):
+    def __iter__(self):
         pictures, rows, seeds = self.pictures[0]
-        return self.towers.image_inputs(torch.from_numpy(pictures), seeds), rows
+        yield self.towers.image_inputs(torch.from_numpy(pictures), seeds), self.text[rows]
 
-    def __call__(self, text=None):
-        images, rows = self.inputs()
-        v, t = self.towers(images, self.text[rows] if text is None else text)
-        losses = step_losses(v, t, self.pictures.plan[0], self.clusters, self.config)
-        must_be_finite(losses, self.pictures.plan[0], self.posts.ids, 'bench')
-        self.optimizer.zero_grad()
-        sum(losses).backward()
-        self.optimizer.step()
+    def pacl(self):
+        for images, texts in self:
+            losses = step_losses(*self.towers(images, texts), self.step, self.clusters, self.config)
+            must_be_finite(losses, self.step, self.posts.ids, 'bench')
+            self.optimizer.zero_grad()
+            sum(losses).backward()
+            self.optimizer.step()
 
     def bare(self, images):
         self.optimizer.zero_grad()
@@ -53,33 +56,41 @@ class WholeStep:
         self.optimizer.step()
 
 
-def compare(rounds, **works):
-    seconds = {name: [] for name in works}
-    for number in range(rounds + 1):  # the first round warms up
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if number: seconds[name].append(time.perf_counter() - start)
-    (first, a), (second, b) = ((name, statistics.median(s)) for name, s in seconds.items())
-    ratios = [x / y for x, y in zip(*seconds.values())]
-    print(f'{torch.get_num_threads()} threads: {first} {a:.3f} s, {second} {b:.3f} s a step; '
-          f'ratio {a / b:.3f} (each round {min(ratios):.2f} … {max(ratios):.2f})')
+class OpenClip(nn.Module):
+    "Our towers as open_clip_train calls a model."
+    def __init__(self, towers):
+        super().__init__()
+        self.towers, self.logit_scale = towers, nn.Parameter(torch.tensor(1 / .07).log())
+
+    def train(self, mode=True): return self  # batch norm as pre-trained, as in ours
+
+    def forward(self, images, texts):
+        v, t = self.towers(images, texts)
+        return {'image_features': F.normalize(v, dim=1), 'text_features': F.normalize(t, dim=1), 'logit_scale': self.logit_scale.exp()}
 
 
-if __name__ == '__main__':
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=15, help='of which the median is taken (%(default)s)')
+    parser.add_argument('--network', default='tf_efficientnet_lite0', help='of timm (%(default)s)')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        posts = Posts(make_run(Path(folder) / 'run', sizes=(max(2 * args.batch, 256),) * 4, trainable_stages=0, side=96))
-        step = WholeStep(posts, args.batch, args.partition)
-        if args.what == 'step':
-            images, _ = step.inputs()
-            compare(args.rounds, whole=step, bare=lambda: step.bare(images))
-        else:
-            from transformers import BertConfig, BertModel
-            tower = BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)).eval()
-            tokens = torch.randint(5, 30000, (args.batch, args.tokens))
+        run = make_run(Path(folder) / 'run', trainable_stages=0, backbone=args.network, sizes=[64] * 4, side=96)
+        work = Work(Posts(run), config_of(3, 16, precision='float32'))
+        model = OpenClip(work.towers)
+        data = {'train': SimpleNamespace(set_epoch=lambda epoch: None, dataloader=work)}
+        (images, _), = work
+        ways = {'pacl': work.pacl, 'bare': lambda: work.bare(images), 'open_clip': lambda: train_one_epoch(
+            model, data, ClipLoss(), 0, work.optimizer, None, None, None, SETTINGS)}
+        seconds = {way: [] for way in ways}
+        for number in range(args.rounds + 1):  # the first round warms up
+            for way, call in ways.items():
+                start = time.perf_counter()
+                call()
+                if number: seconds[way].append(time.perf_counter() - start)
+    for way, times in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds['pacl'], times))
+        print(f'{way:10} {statistics.median(times):.3f} s a step; pacl takes {ratio:.3f} of it, {torch.get_num_threads()} threads')
 
-            def with_text():
-                with torch.inference_mode(): features = tower(tokens).last_hidden_state[:, 0]
-                step(features.clone())
-            compare(args.rounds, **{'text tower in each step': with_text, 'features kept': step})
+
+if __name__ == '__main__': main()

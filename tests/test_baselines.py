@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+from types import SimpleNamespace
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -25,8 +26,7 @@ from pacl.baselines import (ORDERS, Captioner, Heads, PDANet, as_map, bag_of_wor
                             luma_chroma, phrase_responses, pretrain, see, sentiment_guided_loss, sentiments, shuffle_tiles)
 from pacl.evaluate import train_head
 from pacl.parts import judges
-from pacl.parts.encoders import load, load_backbone, split_backbone
-from pacl.parts.judges import best_phrases
+from pacl.parts.encoders import load, load_backbone, load_text_encoder, split_backbone
 from pacl.parts.readers import single
 from pacl.parts.stages import InputError, write_stage
 from pacl.parts.standins import ADJECTIVES, KINDS, Evaluators
@@ -265,7 +265,8 @@ def test_responses_are_log_probabilities_minus_their_mean(monkeypatch):
     assert responses.dtype == np.float32
     np.testing.assert_allclose(responses, log - log.mean(1, keepdims=True), atol=1e-5)
     phrases = [f'{adjective} {kind}' for adjective in ADJECTIVES for kind in KINDS]
-    assert best_phrases(responses, phrases, 3) == judge.top_phrases(PICTURES)
+    best = [', '.join(phrases[j] for j in np.argsort(-row)[:3]) for row in responses]
+    assert best == judge.top_phrases(PICTURES)
 
 
 # bag of words
@@ -310,10 +311,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope='module', autouse=True)
 def by_colour():
-    from pacl.parts.standins import raw_text_encoder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judges, 'load_evaluators', lambda run, *names: (None, ByColour(), None))
-        patch.setattr(baselines, 'text_encoder_of', lambda run: raw_text_encoder())
+        patch.setattr(judges, 'load_judges', lambda run, *names: {'factual': None, 'emotional': SimpleNamespace(detector=ByColour())})
+        patch.setattr(baselines, 'text_encoder_of', lambda run: load_text_encoder('minilm'))
         yield
 
 

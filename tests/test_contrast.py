@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 
 from pacl import contrast
-from pacl.contrast import contrastive_loss, mask_quality, masked_info_nce, pacl_loss, pair_masks, release_loss
+from pacl.contrast import false_negative_weight, mask_quality, masked_info_nce, pacl_loss, pair_masks
 
 EQUATION = dict(strong=5, emotional=8, factual=11, weak=14)
 partitions = pytest.mark.parametrize('partition', EQUATION, ids=lambda p: f'{p}-eq{EQUATION[p]}')
@@ -165,16 +165,6 @@ def test_phi_and_its_inverse(name, batch):
 
 @partitions
 @fixed
-@given(sims())
-def test_loss_of_similarities_equals_the_equation(partition, batch):
-    s, y_f, y_e, temperature = batch
-    sim, f, e = tensors(s, y_f, y_e)
-    loss = contrastive_loss(sim, pair_masks(sim, partition, f, e), temperature)
-    assert loss.item() == pytest.approx(equation_3(s, partition, y_f, y_e, temperature), rel=1e-6, abs=1e-9)
-
-
-@partitions
-@fixed
 @given(exact_features())
 def test_loss_of_features_equals_the_equation(partition, batch):
     images, texts, y_f, y_e, temperature = batch
@@ -253,57 +243,6 @@ def test_features_that_are_not_finite_show_in_the_loss(partition, value):
     for y in (torch.zeros(6), torch.arange(6)): assert pacl_loss(v, t, partition, y, y).isnan()
 
 
-@pytest.mark.parametrize('n', [1, 2, 7, 31, 33, 257])  # whole and broken vector registers
-def test_ties_go_to_the_lowest_index(n):
-    torch.manual_seed(0)
-    sim = torch.randint(0, 2, (n, n)).float()
-    masks = pair_masks(sim, 'weak', torch.arange(n), torch.arange(n))
-    assert masks.image_positives.int().argmax(1).tolist() == [argmax(row) for row in sim.tolist()]
-    assert masks.text_positives.int().argmax(1).tolist() == [argmax(column) for column in sim.T.tolist()]
-
-
-# The authors' release. Its loss of anchor i: −log of exp(s / τ) of the target over the sum of what is not dropped.
-
-def release_oracle(sims, y_f, y_e, temperature):
-    losses = {}
-    for partition, s in sims.items():
-        n = len(s)
-        fact = [y_f[partition][argmax([row[j] for row in s])] for j in range(n)]
-        emotion = [y_e[partition][argmax(row)] for row in s]
-        total = 0
-        for a in range(n):
-            target = argmax(s[a]) if partition == 'weak' else a
-            never = argmax(sims['factual'][a]) if partition == 'weak' else a
-            kept = {never}
-            for c in range(n):
-                by_fact = partition in ('emotional', 'weak') and fact[a] == fact[c]
-                by_emotion = partition in ('factual', 'weak') and emotion[a] == emotion[c]
-                if not (by_fact or by_emotion): kept.add(c)
-            logits = [(s[c][a] if partition == 'emotional' else s[a][c]) / temperature for c in range(n)]
-            total += math.log(sum(math.exp(logits[c]) for c in kept)) - logits[target]
-        losses[partition] = dict(strong=1, emotional=.6, factual=.6, weak=.1)[partition] * total / n
-    return losses
-
-
-@fixed
-@given(st.data(), st.integers(1, 6), temperatures)
-def test_release_loss_equals_loops(data, n, temperature):
-    values = st.sampled_from([-1., 0., .5, 1.]) | st.floats(-1, 1)
-    kinds = hnp.arrays(np.float64, (n, n), elements=values), clusters(n), clusters(n)
-    batch = [{p: data.draw(kind) for p in EQUATION} for kind in kinds]
-    losses = release_loss(*({p: torch.tensor(x) for p, x in part.items()} for part in batch), temperature)
-    expected = release_oracle(*batch, temperature)
-    assert {p: loss.item() for p, loss in losses.items()} == pytest.approx(expected, rel=1e-6, abs=1e-9)
-
-
-def test_release_drops_targets_of_its_weak_loss():
-    "The case that is infinite in the release does occur, and is finite here: the pair 0 and 1 prefer each other's, all in one cluster."
-    swapped, y = torch.tensor([[.1, .9], [.9, .1]], requires_grad=True), torch.zeros(2)
-    loss = release_loss(dict(factual=torch.eye(2), weak=swapped), *[dict(factual=y, weak=y)] * 2, 1.)['weak']
-    loss.backward()
-    assert loss.item() == pytest.approx(-.08) and swapped.grad.tolist() == [pytest.approx([.05, -.05]), pytest.approx([-.05, .05])]
-
-
 # How often the masks are right.
 
 @partitions
@@ -311,22 +250,33 @@ def test_release_drops_targets_of_its_weak_loss():
 @given(sims(), st.data())
 def test_mask_quality_counts(partition, batch, data):
     s, y_f, y_e, _ = batch
-    n, three = len(s), st.integers(0, 2)
-    shown, named, felt, said = (data.draw(st.lists(three, min_size=n, max_size=n)) for _ in range(4))
-    pairs = {'positives': [], 'kept': [], 'dropped': []}  # (image, text), once for each direction
-    for a in range(n):
-        for sets, pair in ((sets_of_image, lambda b: (a, b)), (sets_of_text, lambda b: (b, a))):
-            positives, kept = sets(s, partition, y_f, y_e, a)
-            for b in range(n): pairs['positives' if b in positives else 'kept' if b in kept else 'dropped'].append(pair(b))
-    pairs['negatives'] = pairs['kept'] + pairs['dropped']
-    def share(some, true): return sum(true(i, j) for i, j in some) / len(some) if some else math.nan
-    quality = mask_quality(pair_masks(*tensors(s), partition, *tensors(y_f, y_e)), *tensors(shown, named, felt, said))
-    n_negatives = len(pairs['negatives'])
-    assert quality['dropped'] == pytest.approx(len(pairs['dropped']) / n_negatives if n_negatives else math.nan, nan_ok=True)
-    for kind, some in pairs.items():
-        assert quality[f'{kind}_object'] == pytest.approx(share(some, lambda i, j: shown[i] == named[j]), nan_ok=True)
-        assert quality[f'{kind}_emotion'] == pytest.approx(share(some, lambda i, j: felt[i] == said[j]), nan_ok=True)
-        assert quality[f'{kind}_own'] == pytest.approx(share(some, lambda i, j: i == j), nan_ok=True)
+    masks = pair_masks(*tensors(s), partition, *tensors(y_f, y_e))
+    of_images, of_texts = masks[:2], [mask.T for mask in masks[2:]]
+    shown, named, felt, said = data.draw(hnp.arrays(int, (4, len(s)), elements=st.integers(0, 2)))
+    quality = mask_quality(masks, *tensors(shown, named, felt, said))
+    found = {'positives': [], 'negatives': [], 'dropped': []}
+    for i, j in np.ndindex(s.shape):
+        for positives, candidates in (of_images, of_texts):
+            found['positives' if positives[i, j] else 'negatives'].append((shown[i] == named[j], felt[i] == said[j], i == j))
+            if not candidates[i, j]: found['dropped'].append(found['negatives'][-1])
+    for kind, rows in found.items():
+        shares = [quality[f'{kind}_{what}'] for what in ('object', 'emotion', 'own')]
+        assert shares == pytest.approx(np.mean(rows, 0) if rows else [math.nan] * 3, nan_ok=True)
+
+
+@pytest.mark.parametrize('partition', ['strong', 'factual', 'emotional'])
+def test_push_on_false_negatives_is_what_the_exponentials_say(partition):
+    s, y_f, y_e = np.random.default_rng(0).uniform(-1, 1, (6, 6)), [0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2]
+    pushed = np.zeros((6, 6))
+    for a in range(6):
+        for row, sets, cells in ((s[a], sets_of_image, pushed[a]), (s[:, a], sets_of_text, pushed[:, a])):
+            positives, negatives = sets(s, partition, y_f, y_e, a)
+            total = sum(math.exp(row[k] / .2) for k in positives | negatives)
+            for k in negatives: cells[k] += math.exp(row[k] / .2) / total
+    same = np.random.default_rng(1).random((6, 6)) < .3
+    masks = pair_masks(*tensors(s), partition, *tensors(y_f, y_e))
+    off = same & ~np.eye(6, dtype=bool)
+    assert false_negative_weight(*tensors(s), masks, *tensors(same), .2) == pytest.approx(pushed[off].sum() / pushed.sum())
 
 
 # What is refused: names and shapes only, since reading values would make a GPU wait.
@@ -336,7 +286,6 @@ def test_mask_quality_counts(partition, batch, data):
      'unknown partition "stong", expected one of strong, emotional, factual, weak'),
     (lambda: pacl_loss(torch.rand(4, 3), torch.rand(5, 3), 'weak', torch.zeros(4), torch.zeros(4)), 'shapes differ'),
     (lambda: pacl_loss(torch.rand(4, 3), torch.rand(4, 3), 'strong', torch.zeros(4), torch.zeros(1)), 'shapes differ'),
-    (lambda: masked_info_nce(torch.rand(3, 3), torch.eye(3).bool()[0], torch.eye(3).bool()), 'shapes differ'),  # would broadcast
-    (lambda: release_loss({'weak': torch.rand(2, 2)}, {'weak': torch.zeros(2)}, {'weak': torch.zeros(2)}), 'give both, of one N')])
+    (lambda: masked_info_nce(torch.rand(3, 3), torch.eye(3).bool()[0], torch.eye(3).bool()), 'shapes differ')])  # would broadcast
 def test_what_makes_no_sense_is_refused(call, says):
     with pytest.raises(ValueError, match=says): call()

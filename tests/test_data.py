@@ -9,7 +9,7 @@ import test_readers
 from PIL import Image
 from test_pictures import TILES
 
-from pacl.parts.data import check, in_post_order, load_set, load_tasks, main, run_data
+from pacl.parts.data import check, drawn_splits, in_post_order, load_set, load_tasks, main, run_data
 from pacl.parts.stages import InputError, read_record, write_stage
 
 COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255)}
@@ -18,22 +18,23 @@ COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255)}
 def make_world(run, posts=60, bad=()):
     "A world of flat pictures: the colour is the object, its brightness the feeling; half of the texts say another, half feel otherwise."
     with write_stage(run / 'world', {'stage': 'world'}) as world:
-        rows, truth = [], []
+        i = np.arange(posts)
+        bright, factual, emotional = i // 3 % 2, i // 6 % 2, i // 12 % 2
+        glad = np.where(emotional, bright, 1 - bright)
+        objects, emotions = np.array([*COLOURS]), np.array(['fear', 'awe'])
+        truth = pd.DataFrame({
+            'id': [f'{n:04}' for n in i], 'object': objects[i % 3], 'emotion': emotions[bright],
+            'text_object': objects[(i + 1 - factual) % 3], 'text_emotion': emotions[glad],
+            'factual': factual > 0, 'emotional': emotional > 0,
+            'partition': np.array(['weak', 'emotional', 'factual', 'strong'])[2 * factual + emotional]})
+        truth.to_csv(world / 'truth.csv', index=False)
+        texts = truth['text_object'] + np.array([' grief', ' joy'])[glad]
+        table = pd.DataFrame({'id': truth['id'], 'image': 'images/' + truth['id'] + '.png', 'text': texts})
         (world / 'posts/images').mkdir(parents=True)
-        for i in range(posts):
-            seen, bright = list(COLOURS)[i % 3], i // 3 % 2
-            factual, emotional = i // 6 % 2, i // 12 % 2
-            said = seen if factual else list(COLOURS)[(i + 1) % 3]
-            glad = bright if emotional else 1 - bright
-            name = f'images/{i:04}.png'
-            Image.new('RGB', (10, 8), tuple(c if bright else c // 4 for c in COLOURS[seen])).save(world / 'posts' / name)
-            rows.append({'id': f'{i:04}', 'image': name, 'text': f'{said} {"joy" if glad else "grief"}'})
-            truth.append({'id': f'{i:04}', 'object': seen, 'emotion': 'awe' if bright else 'fear', 'text_object': said,
-                          'text_emotion': 'awe' if glad else 'fear', 'factual': bool(factual), 'emotional': bool(emotional),
-                          'partition': {(1, 1): 'strong', (0, 1): 'emotional', (1, 0): 'factual', (0, 0): 'weak'}[factual, emotional]})
-        for i in bad: (world / 'posts' / rows[i]['image']).write_bytes(b'')
-        pd.DataFrame(rows).to_csv(world / 'posts/posts.csv', index=False)
-        pd.DataFrame(truth).to_csv(world / 'truth.csv', index=False)
+        table.to_csv(world / 'posts/posts.csv', index=False)
+        for name, seen, light in zip(table['image'], truth['object'], bright):
+            Image.new('RGB', (10, 8), tuple(c if light else c // 4 for c in COLOURS[seen])).save(world / 'posts' / name)
+        for n in bad: (world / 'posts' / table['image'][n]).write_bytes(b'')
         feelings = ['awe', 'fear'] * 2
         labelled = pd.DataFrame({
             'id': ['0000', '0001', '0002', '0003'], 'image': ['0.png', '1.png', '2.png', '3.png'],
@@ -85,9 +86,9 @@ def test_pixels_are_stored_once_and_mended_when_edited(tmp_path):
 
 TEXTS = {  # id → bytes of the text, which comes back as it is, or the reason that it does not
     '01': (b'', 'no text'), '02': ('\u2003 \t'.encode(), 'no text'), '03': ('😀🎉'.encode(), ''), '04': (b'https://t.co/x', ''),
-    '05': (b'long ' * 2000, ''), '06': ('مرحبا بالعالم'.encode(), ''), '07': (b'caf\xe9', 'text is not UTF-8'),
+    '05': (b'long ' * 40_000, ''), '06': ('مرحبا بالعالم'.encode(), ''), '07': (b'caf\xe9', 'text is not UTF-8'),
     '08': (b'""quoted"", and\r\na new line\rold Mac', ''), '09': (b'NULL', ''), '10': ('\ufeffbom'.encode(), ''),
-    '11': (b"=1+1;'", ''), '12': (b' lead ', ''), '13': ('\u202eabc'.encode(), '')}
+    '11': (b"=1+1;\t'", ''), '12': (b' lead ', ''), '13': ('\u202ee\u0301'.encode(), '')}
 
 
 def test_every_kind_of_text(tmp_path):
@@ -114,13 +115,16 @@ def own_posts(folder, pictures):
     return folder
 
 
-def own_benchmark(folder):
+def make_posts(root): return make_world(root, 6) / 'world/posts'
+
+
+def own_benchmark(folder, columns='id image split label'):
     rows = []
     folder.mkdir(parents=True, exist_ok=True)
     for i, split in enumerate(['train'] * 4 + ['val'] * 2 + ['test'] * 3):
         TILES[i].save(folder / f'{i}.png')
         rows.append({'id': f'{split}-{i}', 'image': f'{i}.png', 'split': split, 'label': ('awe', 'fear')[i % 2]})
-    pd.DataFrame(rows).to_csv(folder / 'labels.csv', index=False)
+    pd.DataFrame(rows).to_csv(folder / 'labels.csv', index=False, columns=columns.split())
     return folder
 
 
@@ -138,11 +142,15 @@ def test_posts_that_leak_are_left_out(tmp_path):
         ('e', 'no image'), ('a', 'also a test picture of csv (id test-6, near)'), ('d', 'also a test picture of csv (id test-8, exact)')]
     os.utime(moods / '5.png', (1, 1))
     assert run_data.stale(run, **given) == f'{moods} changed'
+    drawn = own_benchmark(tmp_path / 'drawn', 'id image label')
+    run_data(run, **given | dict(benchmarks=[f'csv:{drawn}', f'csv/label:{moods}'], shares=[1, 1, 1]))
+    assert drawn_splits(run) == ['csv'] and load_set(run, 'csv')[0]['split'].value_counts().to_dict() == {'train': 3, 'val': 3, 'test': 3}
     own_posts(own, {'a': TILES[6]})
-    with pytest.raises(InputError, match='All posts are test pictures'): run_data(run, **given)
+    with pytest.raises(InputError, match='All posts are pictures'): run_data(run, **given)
 
 
 @pytest.mark.parametrize('given, says', [
+    ('shares [8,2]', 'shares: .* not three whole numbers'),
     ('benchmarks emoset6:/data', 'no data set "emoset6"; nearest valid: emoset'), ('benchmarks /data/FI', '"/data/FI" names no reader'),
     ('benchmarks csv/x:{moods}', 'two values or more of x'), ('benchmarks fi:{moods}/none', 'none is not a folder'),
     ('posts {moods}/none', 'none is not a folder'), ('posts csv:{moods}', 'pictures without texts')])
@@ -150,7 +158,7 @@ def test_what_stops_a_run_is_named_and_the_old_data_stay(tmp_path, given, says):
     run, moods = make_world(tmp_path / 'run', posts=6), own_benchmark(tmp_path / 'moods')
     before = (run_data(run, image_size=4) / 'stage.json').read_text()
     name, value = given.format(moods=moods).split(' ')
-    with pytest.raises(InputError, match=says): run_data(run, **{name: [value] if name == 'benchmarks' else value})
+    with pytest.raises(InputError, match=says): run_data(run, **{name: value if name == 'posts' else [value]})
     assert (run / 'data/stage.json').read_text() == before
     assert sorted(os.listdir(run)) == ['data', 'pictures', 'world']
 
@@ -163,7 +171,7 @@ def test_rows_come_in_the_order_of_the_posts():
         with pytest.raises(InputError, match=says): in_post_order('x.csv', table, [*ids], 'Mend.')
 
 
-@pytest.mark.parametrize('mini', test_readers.MINI, ids=lambda mini: mini[0])
+@pytest.mark.parametrize('mini', [*test_readers.MINI, ('posts', None, make_posts, 6)], ids=lambda mini: mini[0])
 def test_every_layout_is_checked(tmp_path, mini):
     name, task, make, n, *_ = mini
     root = make(tmp_path) or tmp_path
@@ -194,7 +202,7 @@ def test_a_dirty_folder_is_told_what_to_do(tmp_path, capsys):
     out = capsys.readouterr().out
     for part in ('19 rows, 17 can be used', 'left out, not an image: 1\n   train/joy/0.png', 'left out, zero bytes: 1',
                  'pictures in two splits: 1\n   test/grief/0.png (test) = train/grief/again.jpg (train), near', 'Findings: 4\n',
-                 'test pictures among the posts: 1\n   post a = folder (id test/grief/0.png, exact)'):
+                 'posts that are asked about: 1\n   post a: also a test picture of folder (id test/grief/0.png, exact)'):
         assert part in out
     assert [line.split()[1:] for line in out.splitlines() if line.startswith(('joy', 'grief'))] == [['1', '11', '1'], ['1', '2', '1']]
     assert Image.open(tmp_path / 'out/folder-check.png').size[0] > 300

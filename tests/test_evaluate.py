@@ -20,10 +20,10 @@ from sklearn import metrics
 from torch import nn
 
 import pacl.evaluate as evaluate
-from pacl.evaluate import (ADJECTIVES, COLUMNS, METRICS, PROMPTS, by_level, colour_histogram, extract, interval, level_tasks,
-                           predict, quality, questions, resamples, run_evaluate, score, summary, train_head, zero_shot)
+from pacl.evaluate import (ADJECTIVES, COLUMNS, METRICS, PROMPTS, by_level, colour_histogram, extract, level_tasks,
+                           predict, quality, questions, resamples, run_evaluate, score, train_head, zero_shot)
 from pacl.parts.encoders import encode_texts, load_backbone, save_backbone, text_encoder_of
-from pacl.parts.readers import MIKELS, PANDA, WEBEMO, Task, rating, single
+from pacl.parts.readers import MIKELS, PANDA, WEBEMO, Task, folds_of, rating, single
 from pacl.parts.stages import InputError, write_stage
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -156,32 +156,6 @@ def test_scores_are_scikit_learn_s(kind):
     alone = score(kind, targets, outputs[0], columns)
     pd.testing.assert_frame_equal(alone, score(kind, targets, outputs[:1], columns))
     assert alone['sd'].isna().all()
-
-
-def test_intervals_of_a_method_need_its_seeds():
-    rng, counts, held = np.random.default_rng(3), resamples(300), {'all': 0, 'samples': 0}
-    assert (counts.sum(1) == 300).all()
-    for _ in range(200):
-        easy = rng.beta(3, 4, 300)
-        a, b = ((rng.random((3, 300)) < easy + gain + rng.normal(0, .03, (3, 1))) @ counts.T / 300 for gain in (.05, 0))
-        for name, draws in (('all', a - b), ('samples', (a - b).mean(0, keepdims=True))):
-            low, high = interval(draws)
-            held[name] += low <= .05 <= high
-    assert held['all'] > .91 * 200 and held['samples'] < .9 * 200
-
-
-@pytest.mark.parametrize('kind', METRICS)
-def test_a_difference(kind):
-    rng = np.random.default_rng(4)
-    targets, a, b = rng.integers(2, size=(40, 2)), *rng.integers(2, size=(2, 3, 40, 2))
-    of_a, of_b = (by_level(kind, targets, x, ['x', 'y']) for x in (a, b))
-    def less(one, other): return summary({key: one[key] - other[key] for key in one}, 40)
-    nothing, there, back = less(of_a, of_a), less(of_a, of_b), less(of_b, of_a)
-    assert (nothing[['value', 'ci_low', 'ci_high']] == 0).all(axis=None)
-    np.testing.assert_allclose(there[['value', 'ci_low', 'ci_high']], -back[['value', 'ci_high', 'ci_low']])
-    values = [score(kind, targets, x, ['x', 'y'])['value'] for x in (a, b)]
-    np.testing.assert_allclose(there['value'], values[0] - values[1])
-    assert (there['ci_low'] < there['value']).all() and (there['value'] < there['ci_high']).all()
 
 
 # heads
@@ -333,13 +307,6 @@ def test_no_two_classes_have_one_adjective():
     for classes in (MIKELS, PANDA, WEBEMO): assert len({ADJECTIVES[name] for name in classes}) == len(classes)
 
 
-def test_colour_histogram_counts_pixels():
-    images = np.random.default_rng(0).integers(256, size=(2, 5, 4, 3), dtype=np.uint8)
-    for image, shares in zip(images, colour_histogram(images)):
-        expected = [np.histogram(image[..., channel], 16, (0, 256))[0] / 20 for channel in range(3)]
-        np.testing.assert_allclose(shares, np.concatenate(expected))
-
-
 # the stage
 
 class Killed(Exception): pass
@@ -355,20 +322,19 @@ def test_levels_trained_alone():
     assert level_tasks(BENCHMARKS['mixed']) == {}
 
 
-LINEAR = [('linear', name, task) for name, tasks in BENCHMARKS.items() for task in tasks]
-TUNED = [('fine-tune', *what) for what in (('new', 'label'), ('new', 'levels'), ('mixed', 'labels'), ('mixed', 'vad'))]
-
-
 @pytest.mark.parametrize('protocols, expected', [
-    ('linear', [('linear', 'new', 'label'), ('linear', 'mixed', 'vad'), ('linear', 'seen', 'label')]),
-    ('linear linear-first', [('linear', 'new', 'label'), ('linear', 'mixed', 'vad'), ('linear', 'seen', 'label')]),
-    ('linear-first', [('linear', 'new', 'label')]), ('linear-all', LINEAR),
-    ('fine-tune', TUNED[:1]), ('fine-tune-all', TUNED),
-    ('fine-tune levels', [('fine-tune', 'new', level) for level in ('label', 'level_1', 'level_3')]),
-    ('pdanet', [('pdanet', 'new', level) for level in ('label', 'level_1', 'level_3')]),
-    ('zero-shot', [('zero-shot', 'new', 'label'), ('zero-shot', 'mixed', 'vad')])])
+    ('linear', 'linear new label|linear mixed vad|linear seen label'),
+    ('linear linear-first', 'linear new label|linear mixed vad|linear seen label'),
+    ('linear-first', 'linear new label'), ('validation', 'validation new label'),
+    ('linear-all', 'linear new label|linear new object|linear new levels|linear seen label|linear seen object|'
+     'linear mixed labels|linear mixed vad'),
+    ('fine-tune', 'fine-tune new label'),
+    ('fine-tune-all', 'fine-tune new label|fine-tune new levels|fine-tune mixed labels|fine-tune mixed vad'),
+    ('fine-tune levels', 'fine-tune new label|fine-tune new level_1|fine-tune new level_3'),
+    ('pdanet', 'pdanet new label|pdanet new level_1|pdanet new level_3'), ('zero-shot', 'zero-shot new label|zero-shot mixed vad')])
 def test_what_a_protocol_asks(protocols, expected):
-    assert questions(protocols.split(), BENCHMARKS, [('new', 'label'), ('mixed', 'vad'), ('seen', 'label')]) == expected
+    asked = questions(protocols.split(), BENCHMARKS, [('new', 'label'), ('mixed', 'vad'), ('seen', 'label')])
+    assert '|'.join(map(' '.join, asked)) == expected
 
 
 def test_every_question_is_answered_for_every_test_picture(evaluated):
@@ -479,6 +445,39 @@ def test_a_killed_stage_goes_on_and_more_runs_cost_only_themselves(evaluated, tm
     write_runs(run, [*PART, RUNS[4]])
     run_evaluate(run, **EPOCHS)
     assert {job.run for job in done} == {'strong only'} and set(read(run)['run']) == {'PACL', 'strong only'}
+
+
+def test_folds_are_a_loop_over_the_groups(evaluated, tmp_path):
+    run = copy_of(evaluated, tmp_path / 'run', [('PACL', 'pacl-s1', 1, 'pacl', 'linear validation')])
+    table = pd.read_csv(run / 'data/new.csv', dtype=str)
+    table['image'], table['group'] = table['id'], [f'theme {i % 37}' for i in range(len(table))]
+    table.to_csv(run / 'data/new.csv', index=False)
+    told = (run / 'data/tasks.json').read_text()
+    (run / 'data/tasks.json').write_text(told.replace('"kind"', '"drawn": true, "kind"', 1))  # of new/label
+    run_evaluate(run, **EPOCHS | {'datasets': ['new/label'], 'folds': 4})
+    found, y = read(run).set_index('id'), LABEL.targets(table)
+    x = extract(np.load(run / 'features/early_new.npy'), evaluate.learning_stages(run, 'pacl-s1')).numpy()
+    for protocol, asked in (('linear', table['split'] == 'test'), ('validation', table['split'] != 'test')):
+        pool = table if protocol == 'linear' else table[asked]
+        fold, expected = folds_of(pool, 4), {}
+        for k in range(4):
+            own, val = (pool.index[fold == f % 4] for f in (k, k + 1))
+            train = pool.index.difference(val.union(own))
+            assert not {*table['group'][own]} & {*table['group'][train.union(val)]}
+            probe = train_head(LABEL, (x[train], y[train]), (x[val], y[val]), epochs=2, seed=1)
+            for row in own[asked[own]]: expected[table['id'][row]] = EMOTIONS[predict(LABEL, probe, x[row:row + 1])[0, 0]]
+        rows = found[found['protocol'] == protocol]
+        assert rows['prediction'].to_dict() == expected and rows.index.is_unique
+        assert (rows['group'] == table.set_index('id')['group'][rows.index]).all()
+
+
+def test_groups_are_drawn_as_wholes():
+    rng, units = np.random.default_rng(0), np.repeat([*'cab'], [2, 5, 3])
+    targets, outputs = rng.integers(2, size=(2, 10, 1))
+    draws = by_level('single-label', targets, outputs[None], ['label'], units)['label', 'accuracy'][0, 1:]
+    right = pd.Series((targets == outputs)[:, 0]).groupby(units).agg(['sum', 'size']).to_numpy()  # of a, b, c
+    totals = resamples(3) @ right
+    np.testing.assert_allclose(draws, totals[:, 0] / totals[:, 1], rtol=1e-6)
 
 
 def test_attention_phrases_and_clip(evaluated, tmp_path, monkeypatch):

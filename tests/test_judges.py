@@ -1,17 +1,25 @@
 "pacl.parts.judges: open_clip's own numbers, Caffe's numbers by a network in NumPy, and files that say what is wrong with them."
 import json
+import shutil
 
 import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.special import softmax
+from sklearn.preprocessing import normalize
 from test_hub import Payload
 
-from pacl.parts.judges import ClipPhrases, OpenClip, SentiBank, load_evaluators, load_open_clip, read_pairs, resized
-from pacl.parts.stages import InputError
+from pacl.parts.data import run_data
+from pacl.parts.encoders import load_backbone, run_frozen, save_backbone
+from pacl.parts.judges import (
+    ClipPhrases, ImageNetNames, OpenClip, SentiBank, Valence, fit_valence, load_judges, load_open_clip, rated_pictures,
+    read_pairs, resized)
+from pacl.parts.stages import InputError, write_stage
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 PICTURES = np.random.default_rng(0).integers(60, 200, (5, 40, 40, 3), np.uint8)  # beyond, Pillow clips between its two passes
@@ -89,8 +97,8 @@ def test_clip_anp_takes_the_nearest_prompts(hub_folder):
     clip = OpenClip(f'open_clip:{hub_folder}')
     pairs = ['gloomy cat', 'happy dog', 'calm sea', 'old house']
     cosines = clip.embed_images(PICTURES) @ clip.embed_texts([f'a photo of a {pair}' for pair in pairs]).T
-    for row, sentence in zip(cosines, ClipPhrases(clip, pairs).top_phrases(PICTURES)):
-        assert sentence == ', '.join(pairs[j] for j in np.argsort(-row)[:3])
+    sentences = np.array(pairs)[np.argsort(-cosines)[:, :3]]
+    assert ClipPhrases(clip, pairs).top_phrases(PICTURES) == [*map(', '.join, sentences)]
 
 
 # Caffe: a writer of its wire format, a network in NumPy
@@ -120,11 +128,11 @@ def caffemodel(weights):
     return net
 
 
-def random_weights(classes=5):
+def random_weights():
     "Groups of unequal inputs and outputs."
     rng, weights = np.random.default_rng(0), {}
     shapes = {'conv1': (4, 3, 11, 11), 'conv2': (6, 2, 5, 5), 'conv3': (4, 6, 3, 3), 'conv4': (6, 2, 3, 3), 'conv5': (4, 3, 3, 3),
-              'fc6': (7, 144), 'fc7': (6, 7), 'fc8-t': (classes, 6)}
+              'fc6': (7, 144), 'fc7': (6, 7), 'fc8-t': (5, 6)}
     for name, shape in shapes.items():
         weights[f'{name}.weight'] = rng.normal(0, 2 * np.prod(shape[1:]) ** -.5, shape).astype(np.float32)
         weights[f'{name}.bias'] = rng.normal(0, .1, shape[0]).astype(np.float32)
@@ -152,15 +160,14 @@ def numpy_net(x, w):  # (3, H, W) → (classes,)
     x = pool(conv('conv5', conv('conv4', conv('conv3', x, 1, 1, 1), 1, 1, 2), 1, 1, 2)).ravel()
     for name in ('fc6', 'fc7'):
         x = np.maximum(w[f'{name}.weight'] @ x + w[f'{name}.bias'], 0)
-    x = np.exp(w['fc8-t.weight'] @ x + w['fc8-t.bias'])
-    return x / x.sum()
+    return softmax(w['fc8-t.weight'] @ x + w['fc8-t.bias'])
 
 
-def release(folder, weights, classes=5):
+def release(folder, weights):
     mean = np.random.default_rng(1).uniform(90, 150, (3, 256, 256)).astype(np.float32)
     (folder / 'caffe_sentibank_train_iter_250000').write_bytes(caffemodel(weights))
     (folder / 'imagenet_mean.binaryproto').write_bytes(blob(mean))
-    (folder / 'classes.json').write_text(json.dumps([f'adj{i}_noun' for i in range(classes)]))
+    (folder / 'classes.json').write_text('["a_n", "b_n", "c_n", "d_n", "e_n"]')
     return mean
 
 
@@ -169,26 +176,22 @@ def test_a_released_file_from_end_to_end(tmp_path):
     mean = release(tmp_path, weights)
     pictures = np.random.default_rng(2).integers(0, 256, (2, 300, 300, 3), np.uint8)
     bank = SentiBank(str(tmp_path))
-    found = bank.probabilities(pictures)
+    found = softmax(bank.responses(pictures), axis=1)
     x = resized(pictures, (256, 256), 'bilinear', False).numpy()[:, ::-1] - mean  # BGR
     np.testing.assert_allclose(found, [numpy_net(picture[:, 14:241, 14:241], weights) for picture in x], atol=1e-5)
     assert np.ptp(found, axis=0).max() > 1e-4 and found.max() < .99  # says something
-    assert bank.top_phrases(pictures, k=1) == [f'adj{j} noun' for j in found.argmax(1)]
+    assert bank.top_phrases(pictures, k=1) == [f'{"abcde"[j]} n' for j in found.argmax(1)]
 
 
 NET, MEAN = 'caffe_sentibank_train_iter_250000', 'imagenet_mean.binaryproto'
 
 
-def changed(**arrays):  # fc7_bias=…
-    return caffemodel(random_weights() | {name.replace('_', '.'): array for name, array in arrays.items()})
-
-
 @pytest.mark.parametrize('name, content, says', [
     (NET, None, 'No such file'),
-    (NET, changed()[:-1], 'DecodeError'),
+    (NET, caffemodel(random_weights())[:-1], 'DecodeError'),
     (NET, b'<!DOCTYPE html>', ''),  # a page that the download gave
-    (NET, changed(conv3_weight=np.ones((4, 5, 3, 3), np.float32)), ''),
-    (MEAN, blob(np.zeros((3, 8, 8), np.float32)), 'reshape'),
+    (NET, caffemodel(random_weights() | {'conv3.weight': np.ones((4, 5, 3, 3))}), ''),
+    (MEAN, blob(np.zeros((3, 8, 8))), 'reshape'),
     ('classes.json', b'["a_b", "c_d", "e_f"]', '3 pairs for 5 outputs'),
 ])
 def test_a_damaged_release_is_named(tmp_path, name, content, says):
@@ -202,18 +205,75 @@ def test_a_damaged_release_is_named(tmp_path, name, content, says):
 
 def test_one_clip_serves_both_equations(hub_folder, tmp_path, monkeypatch):
     (tmp_path / 'anps.txt').write_text('gloomy_cat\nhappy_dog\nold_house')
-    clip, anp, _ = load_evaluators(tmp_path, f'open_clip:{hub_folder}', f'clip-anp:{tmp_path}/anps.txt', 'minilm')
+    clip, phrases = load_judges(tmp_path, f'open_clip:{hub_folder}', f'clip-anp:{tmp_path}/anps.txt', 'minilm').values()
     runs = []
     monkeypatch.setattr(clip.model, 'encode_image', lambda x, normalize: runs.append(len(x)) or torch.ones(len(x), 16))
     clip.embed_images(PICTURES)
-    anp.top_phrases(PICTURES)
+    phrases.embed_images(PICTURES)
     assert runs == [5]
 
 
 @pytest.mark.parametrize('factual, phrases, says', [
-    ('clip', 'standins', 'factual is "clip", expected standins or open_clip:MODEL/WEIGHTS'),
-    ('open_clip:no/where', 'sentibank:x', 'phrases is "sentibank:x", expected .*clip-anp:LIST'),
+    ('clip', 'standins', 'factual is "clip", expected one of standins, open_clip, imagenet'),
+    ('open_clip:no/where', 'sentibank:x', 'phrases is "sentibank:x", expected .*clip-anp'),
 ])
 def test_unknown_evaluators_stop_before_any_is_loaded(tmp_path, factual, phrases, says):
     with pytest.raises(InputError, match=says):
-        load_evaluators(tmp_path, factual, phrases, 'standins')
+        load_judges(tmp_path, factual, phrases, 'standins')
+
+
+# judges that ask the backbone
+
+def test_imagenet_names_are_compared_with_texts():
+    judge = ImageNetNames('tf_efficientnet_lite0')
+    model = load_backbone('tf_efficientnet_lite0', classifier=True)
+    features = run_frozen(load_backbone('tf_efficientnet_lite0'), PICTURES, '', model)
+    probabilities = softmax(run_frozen(model, PICTURES, '', model), axis=1)
+    names = normalize(judge.embed_texts(judge.names))
+    for row, emb in zip(probabilities, judge.embed_images(features)):
+        best = np.argsort(-row)[:5]
+        np.testing.assert_allclose(emb, row[best] @ names[best], atol=1e-5)
+    assert judge.names[849] == 'teapot'
+
+
+def test_a_backbone_without_a_classifier_is_named(tmp_path):
+    save_backbone(load_backbone('tf_efficientnet_lite0'), tmp_path, 96)
+    with pytest.raises(InputError, match=f'backbone={tmp_path} bring no classifier'): ImageNetNames(str(tmp_path))
+
+
+def test_a_group_is_never_on_both_sides():
+    x, group = np.random.default_rng(0).normal(size=(60, 8)), np.arange(60) // 6
+    x += 9 * np.eye(10, 8)[group]  # a group is known by its place, and its rating is its own
+    ratings = np.random.default_rng(1).normal(size=10)[group]
+    assert fit_valence(x, ratings, group)[1] < .2 < .8 < fit_valence(x, ratings, np.arange(60))[1]
+
+
+@pytest.fixture
+def rated(tmp_path):
+    "A run whose benchmark is rated; brighter pictures are more pleasant."
+    (own := tmp_path / 'own').mkdir()
+    table = pd.DataFrame({'valence': range(60), 'split': 10 * [*4 * ['train'], 'val', 'test'], 'text': 'a day'})
+    table['id'] = table['image'] = [f'{i}.png' for i in range(60)]
+    for i, name in enumerate(table['image']): Image.new('RGB', (32, 32), (4 * i, 4 * i, 90)).save(own / name)
+    table.to_csv(own / 'labels.csv', index=False)
+    table[:9].to_csv(own / 'posts.csv', index=False)
+    run_data(tmp_path, posts=f'{tmp_path}/own', benchmarks=[f'csv/valence:{tmp_path}/own'], image_size=32)
+    with write_stage(tmp_path / 'features', {'parameters': {'backbone': 'tf_efficientnet_lite0'}}): pass
+    return tmp_path
+
+
+def test_valence_learns_from_the_split_train_alone(rated):
+    table, images = rated_pictures(rated, f'csv/valence:{rated}/own')
+    assert set(table['split']) == {'train'} and len(table) == 40 == len(images)
+    assert (images[:, 0, 0, 0] == 4 * table['valence'].astype(float)).all()
+    judge = Valence(rated, f'csv/valence:{rated}/own')
+    assert judge.r2 > .6 and judge.embed_texts(['a lovely day', 'so sad']).round().tolist() == [[1], [-1]]
+
+
+@pytest.mark.parametrize('label, split, says', [('valence', 'val', 'no pictures.* for train'), ('pleasure', 'train', 'columns .*pleasure')])
+def test_a_set_without_ratings_to_learn_from_is_named(rated, label, split, says):
+    table = pd.read_csv(rated / 'own/labels.csv').rename(columns={'valence': label})
+    shutil.copytree(rated / 'own', rated / 'other')
+    table.replace({'split': {'train': split}}).to_csv(rated / 'other/labels.csv', index=False)
+    with pytest.raises(InputError, match=f'{rated}/other: .*{says}'):
+        load_judges(rated, 'scores:x', f'valence:csv/{label}:{rated}/other', '')

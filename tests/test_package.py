@@ -22,7 +22,7 @@ import pacl
 from pacl.app.pipeline import command_line as main
 from pacl.parts.readers import Task
 from pacl.parts.encoders import load_backbone, save_backbone
-from pacl.app.package import Head, load, train_head
+from pacl.app.package import Head, fit_head, load
 from pacl.parts.stages import InputError, read_record, write_stage
 
 ROOT = Path(__file__).parents[1]
@@ -115,8 +115,8 @@ def test_a_benchmark_that_lacks_a_split(world, model, tmp_path):
     lines = [f'{name}/{k}.png,train' for name in CLASSES for k in range(20)]
     (new / 'split.csv').write_text('\n'.join(['id,split', *lines]))
     with pytest.raises(InputError, match='new: none of the pictures that can be read is of the val split'):
-        train_head(load(model), f'folder:{new}')
-    with pytest.raises(InputError, match='no data set "fy"'): train_head(load(model), f'fy:{new}')
+        fit_head(load(model), f'folder:{new}')
+    with pytest.raises(InputError, match='no data set "fy"'): fit_head(load(model), f'fy:{new}')
 
 
 # features

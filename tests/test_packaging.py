@@ -1,4 +1,4 @@
-"The three files that name the dependencies name the same ones; nbdev leaves the package's front door alone."
+"The files that name the dependencies name the same ones; nbdev leaves the package's front door alone."
 import ast
 import configparser
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import papermill
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import pacl
 
@@ -19,19 +20,28 @@ PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 PUBLIC = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['mypy']['files']
 
 
-def test_dependencies_are_the_same_in_all_three_files():
+def names(requirements): return [Requirement(text).name for text in requirements]
+
+
+def test_dependencies_are_the_same_in_all_files():
+    "settings.ini says what pyproject.toml says, environment.yml names it, constraints.txt has one version of each, within the range."
     settings = configparser.ConfigParser()
     settings.read(ROOT / 'settings.ini')
-    ini = settings['DEFAULT']
-    extras = PROJECT['optional-dependencies']
+    ini, extras = settings['DEFAULT'], PROJECT['optional-dependencies']
     assert ini['requirements'].split() == PROJECT['dependencies']
-    assert ini['demo_requirements'].split() == extras['demo']
-    assert ini['dev_requirements'].split() == extras['dev']
-    assert ini['onnx_requirements'].split() == extras['onnx'] == extras['dev'][-len(extras['onnx']):]  # tests export too
+    everything = PROJECT['dependencies'].copy()
+    for extra in ('reproduce', 'onnx', 'dev'):
+        assert ini[f'{extra}_requirements'].split() == extras[extra]
+        everything += extras[extra]
+    pins = [line for line in (ROOT / 'constraints.txt').read_text().splitlines() if not line.startswith('#')]
+    versions = dict(pin.split('==') for pin in pins)
+    assert sorted(versions) == sorted(names(everything)) and len(pins) == len(versions)
+    assert not [text for text in everything if versions[Requirement(text).name] not in Requirement(text).specifier]
     conda = yaml.safe_load((ROOT / 'environment.yml').read_text())['dependencies']
-    assert conda[-1]['pip'] == PROJECT['dependencies'] + extras['demo'] + extras['dev']
+    assert conda[-1]['pip'] == ['-c constraints.txt', *names(everything)]
     assert f'>={ini["min_python"]}' == PROJECT['requires-python'] and f'python={ini["min_python"]}' in conda
-    assert ini['version'] == pacl.__version__
+    cited = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert ini['version'] == pacl.__version__ == cited['version'] and f'## {pacl.__version__}' in (ROOT / 'CHANGELOG.md').read_text()
 
 
 def test_nbdev_clean_keeps_the_parameters_tag():
@@ -89,3 +99,26 @@ def test_papermill_reads_every_parameter_and_no_look_overwrites_one(path):
         comprehended = {name.id for inner in ast.walk(node) if isinstance(inner, ast.comprehension)
                         for name in ast.walk(inner.target) if isinstance(name, ast.Name)}
         assert not (names - comprehended) & given, ast.unparse(node)
+
+
+# what a reader sees
+
+def shown(path):  # by the Run cells: {mime type: texts}
+    cells = [cell for cell in json.loads(path.read_text())['cells'] if ''.join(cell['source']).startswith('#| eval: false')]
+    found = {}
+    for output in [output for cell in cells for output in cell['outputs']]:
+        for kind, text in output.get('data', {}).items(): found.setdefault(kind, []).append(''.join(text))
+    return found
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'nbs').glob('0*.ipynb')), ids=lambda path: path.stem)
+def test_a_section_shows_a_table_and_a_figure_of_a_run(path):
+    kinds = {'text/html'} if path.stem == '05_evaluate' else {'text/html', 'image/png'}  # the figures of 05's answers are 07's
+    assert kinds <= shown(path).keys()
+
+
+def test_the_readme_says_the_numbers_that_07_shows():
+    tables = ' '.join(shown(ROOT / 'nbs/07_tables.ipynb')['text/html']).replace('−', '-')
+    section = (ROOT / 'README.md').read_text().partition('## What came out')[2].partition('**Verdict')[0].replace('−', '-')
+    numbers = re.findall(r'\d+\.\d \[-?\d+\.\d, \d+\.\d\]', section)
+    assert len(numbers) == 12 and not [number for number in numbers if number not in tables]

@@ -214,14 +214,14 @@ CHANGES = {'quality 60': lambda tile: saved_again(tile, 60), 'half': lambda tile
 def test_a_changed_copy_is_found_and_nothing_else(change):
     tiles = [square(tile) for tile in TILES]
     changed = [square(CHANGES[change](tile)) for tile in TILES[:3]]
-    assert duplicates(prints([*tiles, *changed]))[['i', 'j']].to_numpy().tolist() == [[i, len(tiles) + i] for i in range(3)]
+    assert duplicates(prints([*tiles, *changed]))[['i', 'j']].to_numpy().tolist() == [[len(tiles) + i, i] for i in range(3)]
     assert copies(prints(changed), prints(tiles))[['i', 'j']].to_numpy().tolist() == [[i, i] for i in range(3)]
 
 
-def test_groups_are_named_by_their_first():
+def test_a_copy_is_named_with_its_first():
     a, b, near = square(TILES[0]), square(TILES[5]), square(saved_again(TILES[0], 60))
     plain, other = np.full_like(a, 90), np.full_like(a, 91)
     found = duplicates(prints([b, near, a, plain, near, a, other, plain, b]))
-    assert found.to_numpy().tolist() == [[1, 2, 'near'], [1, 4, 'exact'], [1, 5, 'near'], [3, 7, 'exact'], [0, 8, 'exact']]
+    assert found.to_numpy().tolist() == [[2, 1, 'near'], [4, 1, 'exact'], [5, 2, 'exact'], [7, 3, 'exact'], [8, 0, 'exact']]
     found = copies(prints([plain, other, near, a, b]), prints([plain, near, a]))
     assert found.to_numpy().tolist() == [[0, 0, 'exact'], [2, 1, 'exact'], [3, 2, 'exact']]

@@ -14,7 +14,8 @@ import nbformat
 import pytest
 
 from pacl.app import pipeline
-from pacl.app.pipeline import main, notebook_parameters, read_settings, whats_missing, write_report
+from pacl.app.pipeline import declared, main, parameters_cell, read_settings, whats_missing, write_report
+from pacl.train import TrainConfig
 
 MODULE = '''
 import os, subprocess, time
@@ -30,7 +31,7 @@ def run_numbers(run, out, *, n=3, kind='even', seed=0):
     return {'numbers': n}
 
 @stage('total', reads=('numbers',))
-def run_total(run, out, *, scale=1.0, seed=0, folder='', slow=False):
+def run_total(run, out, *, scale=1.0, seed=0, folder='', slow=False, lr=0.1, chosen={}):
     if slow:
         (run / 'pid').write_text(str(subprocess.Popen(['sleep', '600'], start_new_session=True).pid))
         for _ in progress(range(999), 'steps'): time.sleep(.05)
@@ -47,9 +48,11 @@ seed = 0        # of nothing""",
 scale = 1.0     # of the total, (0, 10]
 seed = 0        # of nothing
 folder = ''     # any
-slow = False    # with a child in a session of its own, as torchrun's are"""}
+slow = False    # with a child in a session of its own, as torchrun's are
+lr = 0.1        # of nothing
+chosen = {}     # of nothing"""}
 RUN = {'a_numbers': 'run_numbers(run, n=n, kind=kind, seed=seed)',
-       'b_total': 'run_total(run, scale=scale, seed=seed, folder=folder, slow=slow)'}
+       'b_total': 'run_total(run, scale=scale, seed=seed, folder=folder, slow=slow, lr=lr, chosen=chosen)'}
 STAGES = {'numbers': 'a_numbers', 'total': 'b_total'}
 
 
@@ -83,13 +86,21 @@ def quick(mini, monkeypatch):
     return mini
 
 
-def test_through_papermill(mini, capsys):
-    assert mini('folder=a b', 'scale=2') == 0
-    out = capsys.readouterr().out.splitlines()
+def test_through_papermill(mini, capfd, monkeypatch):
+    "In this Python, whatever Jupyter would take, and without a home; the kernel has nothing to say."
+    foreign = Path('jupyter/kernels/python3/kernel.json')
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text('{"argv": ["false"], "display_name": "", "language": "python"}')
+    monkeypatch.setenv('JUPYTER_PATH', str(foreign.parents[2].absolute()))
+    monkeypatch.setenv('HOME', '/nowhere')
+    assert mini('folder=a b', 'scale=2') == 0 and Path(os.environ['HOME']) == Path('runs/demo/.home').absolute()
+    out, err = capfd.readouterr()
+    assert not err
+    out = out.splitlines()
     assert re.fullmatch(r'\d\d:\d\d:\d\d  numbers    never ran …', out[0])
-    assert re.fullmatch(r' +numbers    \d+\.\d s: numbers 4', out[1])
-    assert re.fullmatch(r' +total      \d+\.\d s: total 24, folder .*', out[3])
-    assert re.search(r'\d+\.\d s in all.*: runs/demo$', out[4])
+    assert re.fullmatch(r' +numbers    0:\d\d:\d\d: numbers 4', out[1])
+    assert re.fullmatch(r' +total      0:\d\d:\d\d: total 24, folder .*', out[3])
+    assert re.search(r'0:\d\d:\d\d in all.*: runs/demo$', out[4])
     executed = json.loads(Path('runs/demo/notebooks/b_total.ipynb').read_text())
     assert 'scale = 2.0' in json.dumps(executed) and Path('runs/demo/total/total.txt').read_text() == '24.0'
 
@@ -97,7 +108,7 @@ def test_through_papermill(mini, capsys):
 def test_only_what_is_not_current_runs(quick, capsys):
     def lines(*arguments):
         assert quick(*arguments) == 0
-        return re.sub(r'\d\d:\d\d:\d\d|\d+\.\d s', '', capsys.readouterr().out).splitlines()
+        return re.sub(r'\d+:\d\d:\d\d', '', capsys.readouterr().out).splitlines()
     assert all('never ran' in line for line in lines()[:4:2])
     numbers, total, _ = lines()
     assert 'numbers    current: numbers 4' in numbers and 'total      current: total 12' in total
@@ -122,15 +133,17 @@ print(*sys.modules)'''
 
 @pytest.mark.parametrize('arguments, message', [
     (['dmeo'], r'profiles/dmeo.yaml: no such profile; nearest valid: demo'),
-    (['demo', 'smoke'], r'command line: unknown parameter "smoke"; valid: folder, kind'),
+    (['demo', 'smoke'], r'command line: unknown parameter "smoke"; valid: chosen, folder, kind'),
     (['scael=2'], r'command line: unknown parameter "scael"; nearest valid: scale'),
-    (['xyzzy=2'], r'command line: unknown parameter "xyzzy"; valid: folder, kind, n, scale, seed, slow, stages'),
+    (['xyzzy=2'], r'command line: unknown parameter "xyzzy"; valid: chosen, folder, kind, lr, n, scale, seed, slow, stages'),
     (['run=elsewhere'], r'unknown parameter "run"'),
     (['n=many'], r'command line: n is "many", expected a whole number'),
     (['n=2.5'], r'n is 2.5, expected a whole number'),
     (['n=true'], r'n is true, expected a whole number'),
     (['scale=[1'], r'scale is "\[1", expected a number'),
     (['slow=1'], r'slow is 1, expected true or false'),
+    (['lr=.inf'], r'lr is inf, expected a finite number above 0'),
+    (['lr=0'], r'lr is 0.0, expected a finite number above 0'),
     (['stages=[numbers, totl]'], r'command line: unknown stage "totl"; nearest valid: total'),
     (['stages=numbers'], r'stages is "numbers", expected a list'),
 ])
@@ -140,14 +153,14 @@ def test_bad_input_stops_before_any_work(mini, capsys, arguments, message):
 
 
 @pytest.mark.parametrize('profile, message', [
-    ('n: x\nscael: 2\nstages: [totl]\n', r'line 1: n is "x".*\n.*line 2: unknown parameter "scael".*\n.*line 3: unknown stage "totl"'),
-    ('n: 4\nscael: 2\n', r'profiles/demo.yaml, line 2: unknown parameter "scael"; nearest valid: scale'),
-    ('# odd\n\nkind: yes\n', r'profiles/demo.yaml, line 3: kind is true, expected text, in quotes'),
-    ('n: 4\nkind: [even\nscale: 2\n', r'profiles/demo.yaml, line 3: .*expected one "name: value" a line'),
-    ('n: 4\n\tkind: even\n', r'profiles/demo.yaml, line 2: '),
-    ('- n\n- 4\n', r'profiles/demo.yaml, line 1: expected one "name: value" a line'),
-    ('n: 4\nstages: [totl]\n', r'profiles/demo.yaml, line 2: unknown stage "totl"; nearest valid: total'),
-    ('n: !!python/object/apply:os.system ["touch harm"]\n', r'profiles/demo.yaml, line 1: could not determine a constructor'),
+    ('n: x\nscael: 2\nstages: [totl]\n', r'n is "x".*\n.*unknown parameter "scael".*\n.*unknown stage "totl"'),
+    ('n: 4\nscael: 2\n', r'profiles/demo.yaml: unknown parameter "scael"; nearest valid: scale'),
+    ('# odd\n\nkind: yes\n', r'profiles/demo.yaml: kind is true, expected text, in quotes'),
+    ('n: 4\nkind: [even\nscale: 2\n', r'profiles/demo.yaml: expected one "name: value" a line'),
+    ('n: 4\n\tkind: even\n', r'profiles/demo.yaml: expected one "name: value" a line;[^$]*line 2'),
+    ('- n\n- 4\n', r'profiles/demo.yaml: expected one "name: value" a line'),
+    ('n: 4\nstages: [totl]\n', r'profiles/demo.yaml: unknown stage "totl"; nearest valid: total'),
+    ('n: !!python/object/apply:os.system ["touch harm"]\n', r'profiles/demo.yaml: [^$]*could not determine a constructor'),
 ])
 def test_bad_profile(mini, capsys, profile, message):
     Path('profiles/demo.yaml').write_text(profile)
@@ -158,8 +171,8 @@ def test_bad_profile(mini, capsys, profile, message):
 def test_types_that_yaml_reads_otherwise(quick):
     Path('profiles/demo.yaml').write_text('')
     assert quick('scale=1e-1', 'folder=123', 'kind=odd') == 0
-    assert json.loads(Path('runs/demo/total/stage.json').read_text())['parameters'] | {'seed': 0} == {
-        'scale': .1, 'seed': 0, 'folder': '123', 'slow': False}
+    assert json.loads(Path('runs/demo/total/stage.json').read_text())['parameters'] == {
+        'scale': .1, 'seed': 0, 'folder': '123', 'slow': False, 'lr': .1, 'chosen': {}}
 
 
 
@@ -177,7 +190,22 @@ def test_what_is_missing_stops_a_run(quick, monkeypatch, capsys):
     assert capsys.readouterr().err == '\n1. FI.\n   → ask\n\nMissing: 1. Nothing was run.\n'
     assert quick('stages=[numbers]') == 0
     monkeypatch.setattr(pipeline, 'expected_seconds', lambda settings: {'total': 7200})
-    assert quick('--dry-run') == 2 and re.search(r'numbers +current\ntotal +2.0 h +never ran', capsys.readouterr().out)
+    assert quick('--dry-run') == 2 and re.search(r'numbers +current\ntotal +2:00:00 +never ran', capsys.readouterr().out)
+
+
+def test_a_stage_on_another_disk(quick):
+    "A link is followed, and stays."
+    Path('runs/demo').mkdir(parents=True)
+    Path('runs/demo/total').symlink_to(Path('disk').absolute())
+    for n in (4, 5):
+        assert quick(f'n={n}') == 0 and Path('runs/demo/total').is_symlink()
+        assert float(Path('disk/total.txt').read_text()) == n * (n - 1)
+
+
+def test_what_is_waited_for(capsys):
+    with pipeline.watched('models', every=.3):
+        subprocess.run(['sleep', '1'])
+    assert 'models: nothing was computed for 0 s. What is waited for: sleep 1' in capsys.readouterr().err
 
 
 def test_two_runs_in_one_folder(quick, capsys):
@@ -207,8 +235,8 @@ def test_help_names_profiles_and_keys(mini, capsys):
     with pytest.raises(SystemExit, match='0'): mini('--help')
     text = capsys.readouterr().out
     assert './reproduce.sh demo threshold=0.6' in text and 'demo       the two miniatures' in text
-    assert '--dry-run' in text and 'stages=[data, …]' in text
-    assert re.search(r'keys of b_total:\n  scale=1.0 +of the total, \(0, 10\]', text)
+    assert '--dry-run' in text and 'stages = [data, …]' in text
+    assert re.search(r'keys of total:\nscale = 1.0 +# of the total, \(0, 10\]', text)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -241,28 +269,26 @@ sys.exit(main(['slow=true', '--runs', 'runs'], {STAGES}, Path('nbs').absolute(),
 
 
 ROOT = Path(__file__).parents[1]
+CELLS_OF = {stage: parameters_cell(ROOT / f'nbs/{name}.ipynb') for stage, name in pipeline.STAGES.items()}
 
 
-@pytest.mark.parametrize('notebook', pipeline.STAGES.values())
-def test_every_notebook_declares_what_its_stage_takes(notebook):
+@pytest.mark.parametrize('name, notebook', pipeline.STAGES.items())
+def test_every_notebook_declares_what_its_stage_takes(name, notebook):
     "So that no setting is out of a profile's reach, and none is read and then ignored."
-    declared = notebook_parameters(ROOT / f'nbs/{notebook}.ipynb')
+    given = declared(CELLS_OF[name])
     module = ast.parse((ROOT / f'pacl/{re.sub("[0-9]+_", "", notebook)}.py').read_text())
     functions = [f for f in ast.walk(module) if isinstance(f, ast.FunctionDef)]
     stage, = [f for f in functions if any(getattr(getattr(d, 'func', 0), 'id', '') == 'stage' for d in f.decorator_list)]
-    assert {a.arg for a in stage.args.kwonlyargs} == set(declared)
+    takes = {a.arg for a in stage.args.kwonlyargs}
+    if stage.args.kwarg: takes |= TrainConfig.__dataclass_fields__.keys() & given.keys()  # **training
+    assert takes == set(given)
     run_cell = (ROOT / f'nbs/{notebook}.ipynb').read_text()
-    assert not [name for name in declared if f'{name}={name}' not in run_cell]
-
-
-DECLARED = {notebook: notebook_parameters(ROOT / f'nbs/{notebook}.ipynb') for notebook in pipeline.STAGES.values()}
+    assert not [name for name in given if f'{name}={name}' not in run_cell]
 
 
 def profile(name, *given, data='$DATA'):
-    settings, stages = read_settings(ROOT / f'data/profiles/{name}.yaml', given, DECLARED, pipeline.STAGES, data)
-    values = {}
-    for parameters in settings.values(): values |= parameters
-    return values, list(stages)
+    values = read_settings(ROOT / f'data/profiles/{name}.yaml', given, CELLS_OF, data)
+    return values, values['stages']
 
 
 def test_the_profiles():
@@ -289,19 +315,20 @@ def no_network(tmp_path, monkeypatch):
 
 def test_nothing_is_there(no_network, monkeypatch, tmp_path):
     values, stages = profile('tumemo')
-    expected = ['MVAN', 'sherleens/WSCNet', 'Emotion-6', 'UnbiasedEmo', 'ccivit', 'rkosti/emotic', 'rkosti/emotic', 'CSEA',
-                'timm/resnet50.a1_in1k', 'Yaxin/roberta-large-ernie2-skep-en', 'stephen-pilli',
-                'ViT-B-32/openai', 'finiteautomata']
+    expected = [*(f'README.md, `{name}`' for name in ('tumemo', 'fi', 'emotion-6', 'unbiasedemo', 'webemo', 'emotic', 'emotic', 'iaps')),
+                'timm/resnet50.a1_in1k', 'Yaxin/roberta-large-ernie2-skep-en', 'ViT-B-32/openai', 'README.md, `deepsentibank`',
+                'finiteautomata']
     for text, where in zip(whats_missing(values, stages), expected, strict=True):
         assert where in text and ('--data ROOT' in text or 'HF_HOME' in text), text
     values['posts'], values['benchmarks'] = 'tumemo:/nowhere', [f'folder:{tmp_path}', 'folder:/nowhere']
     posts, own = whats_missing(values, ['data'])
-    assert 'tumemo:/nowhere: it is not there' in posts and '{train,val,test}/<class>/' in own
+    assert 'tumemo:/nowhere: it is not there' in posts and 'README.md, `folder`' in own
     values['backbone'] = 'resnt50'
     assert 'nearest valid: resnet50' in whats_missing(values, ['features'])[0]
     assert whats_missing(*profile('demo')) == []
-    monkeypatch.setattr(pipeline.importlib.util, 'find_spec', lambda name: None)
-    assert 'pip install "pacl[demo]"' in whats_missing({}, ['world'])[0]
+    monkeypatch.setattr(pipeline.importlib.util, 'find_spec', lambda name: name != 'ipykernel')
+    kernel, = whats_missing({}, ['world'])
+    assert 'the package ipykernel' in kernel and 'pip install "pacl[reproduce]"' in kernel
 
 
 def test_a_plan_in_a_few_seconds(monkeypatch):

@@ -32,7 +32,7 @@ class Clone:
     def __init__(self, tmp):
         self.folder, self.path, self.log = tmp / 'a path with spaces/pacl', tmp / 'bin', tmp / 'log'
         for folder in (self.folder / 'nbs', self.folder / 'pacl', self.path): folder.mkdir(parents=True)
-        for name in ('reproduce.sh', 'pyproject.toml', 'settings.ini'): shutil.copy(ROOT / name, self.folder)
+        for name in ('reproduce.sh', 'pyproject.toml', 'constraints.txt', 'settings.ini'): shutil.copy(ROOT / name, self.folder)
         for tool in TOOLS: (self.path / tool).symlink_to(shutil.which(tool))
         self.tool('python3', PYTHON)
         self.tool('df', '#!/usr/bin/env bash\necho; echo "disk 1 1 ${FAKE_FREE:-99000000} 1% /"\n')
@@ -68,7 +68,7 @@ def test_first_run_sets_up_and_the_second_does_not(clone):
     assert first.returncode == 0, first.stderr
     assert clone.asked('-m venv') == [f'-m venv --clear {clone.folder}/.venv']
     install, = clone.asked('pip install')  # one call for all
-    assert install.endswith(f'-e {clone.folder}[demo,dev]')
+    assert install.endswith(f'-c {clone.folder}/constraints.txt -e {clone.folder}[reproduce,onnx,dev]')
     assert clone.asked('pacl.app.pipeline') == ['-m pacl.app.pipeline']
     assert first.stdout.splitlines()[-1] == str(clone.path)  # runs where the user is
     second = clone.run()
@@ -78,9 +78,9 @@ def test_first_run_sets_up_and_the_second_does_not(clone):
 
 def test_set_up_again_when_it_is_out_of_date(clone):
     assert clone.run('setup').returncode == 0
-    project = clone.folder / 'pyproject.toml'
+    project = clone.folder / 'constraints.txt'
     before = project.read_text()
-    project.write_text('[project]\n')  # other dependencies
+    project.write_text('torch==2.6.0\n')  # other versions
     assert clone.run('setup', FAKE_PIP='killed').returncode == 1 and not clone.asked('-m venv')
     project.write_text(before)  # and yet what is installed may be half of the other
     assert clone.run('setup').returncode == 0 and clone.asked('pip install')

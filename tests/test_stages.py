@@ -47,14 +47,6 @@ def toy(tmp_path, monkeypatch):
     return toy.toys
 
 
-def test_a_stage_that_is_current_does_nothing(toy):
-    assert toy.run_numbers.stale(toy.run) == 'never ran'
-    folder = toy.run_numbers(str(toy.run), n=4)
-    before = folder.stat().st_ino
-    assert toy.run_numbers.stale(toy.run, n=4) is None
-    assert toy.run_numbers(toy.run, n=4) == folder == toy.run / 'numbers' and folder.stat().st_ino == before
-
-
 def test_stage_json_says_what_the_folder_was_made_from(toy):
     toy.run_numbers(toy.run)
     record = read_record(toy.run_total(toy.run, scale=2.))
@@ -66,7 +58,8 @@ def test_stage_json_says_what_the_folder_was_made_from(toy):
 def test_every_reason_is_said(toy):
     numbers = toy.run_numbers(toy.run)
     total = toy.run_total(toy.run)
-    assert toy.run_total.stale(toy.run) is None
+    before = total.stat().st_ino
+    assert toy.run_total.stale(toy.run) is None and toy.run_total(toy.run) == total and total.stat().st_ino == before
     assert toy.run_total.stale(toy.run, scale=.5) == 'scale was 1.0, is 0.5'
     assert toy.run_numbers.stale(toy.run, n=9, noise=9) == 'n was 3, is 9; noise was 0, is 9'
     (total / 'notes.txt').write_text('mine')
@@ -98,7 +91,7 @@ def test_bad_calls(toy):
     assert not (toy.run / 'total').exists()
     toy.run_total(toy.run, alone=True)  # what is read may depend on a parameter
     with pytest.raises(TypeError, match='scael'):
-        toy.run_total(toy.run, scael=1)
+        toy.run_total(toy.run, alone=True, scael=1)
 
 
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
@@ -169,6 +162,16 @@ def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch, error, message):
         monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(InputError, match=f'here: {message}'): run_here(tmp_path, n=1)
     assert run_here.stale(tmp_path) is None and [p.name for p in tmp_path.iterdir()] == ['here']
+
+
+def test_a_stage_folder_that_is_a_link_stays_one(toy):
+    disk = toy.run.parent / 'disk/numbers'
+    disk.mkdir(parents=True)
+    toy.run.mkdir()
+    (toy.run / 'numbers').symlink_to(disk)
+    for n in (2, 3): toy.run_numbers(toy.run, n=n)
+    assert (toy.run / 'numbers').is_symlink() and (disk / 'deep/numbers.txt').read_text() == '0 2 4'
+    assert toy.run_numbers.stale(toy.run) is None and [p.name for p in disk.parent.iterdir()] == ['numbers']
 
 
 def test_progress_goes_to_the_file_that_the_pipeline_shows(tmp_path, monkeypatch, capsys):

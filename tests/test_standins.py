@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from pacl.parts.encoders import encode_texts, load_backbone, load_text_encoder, run_frozen
 from pacl.parts.stages import file_hashes, write_stage
 from pacl.parts.standins import (
-    ADJECTIVES, KINDS, TUNING_WORDS, Evaluators, load_evaluators, raw_text_encoder, run_standins, tune_evaluators,
+    ADJECTIVES, KINDS, TUNING_WORDS, Evaluators, load_evaluators, run_standins, tune_evaluators,
     tune_text_encoder, tuning_words)
 from pacl.parts.world import CLEAN_WORDS, EMOTIONS, OBJECTS, POST_WORDS, compose, write_text
 
@@ -52,14 +52,14 @@ def test_no_tuning_word_shares_its_stem_with_a_post_a_caption_or_a_class():
 
 
 def test_only_the_upper_half_of_the_text_encoder_is_tuned(folder):
-    raw, tuned = raw_text_encoder()[0].state_dict(), load_text_encoder(folder / 'text_encoder')[0].state_dict()
+    raw, tuned = load_text_encoder('minilm')[0].state_dict(), load_text_encoder(folder / 'text_encoder')[0].state_dict()
     changed = {name.split('layer.')[-1][0] for name in raw if not torch.equal(raw[name], tuned[name])}
     assert raw.keys() == tuned.keys() and changed == {'3', '4', '5'}
 
 
 def test_the_first_losses_of_the_text_encoder_are_those_by_hand():
     words = tuning_words()
-    model, tokenizer, *_ = raw_text_encoder()
+    model, tokenizer, *_ = load_text_encoder('minilm')
     said = []
     def listen(texts, **kwargs): said.extend(texts); return tokenizer(texts, **kwargs)
     torch.manual_seed(5)
@@ -69,7 +69,7 @@ def test_the_first_losses_of_the_text_encoder_are_those_by_hand():
     found = [next(w for w in text.replace(',', ' ').split() if w in known) for text in said]
     table = words.set_index('word').loc[found].reset_index()
     assert len(said) == 64 and table['valence'][:32].notna().all() and (table['emotion'][32:] >= 0).all()
-    features = torch.tensor(encode_texts(raw_text_encoder(), said))
+    features = torch.tensor(encode_texts(load_text_encoder('minilm'), said))
     with torch.no_grad(): valence, emotion = heads[0](features)[:, 0].numpy(), heads[1](features).log_softmax(1).numpy()
     named = table[table['emotion'] >= 0]['emotion']
     expected = {'valence': np.nanmean((valence - table['valence']) ** 2), 'emotion': -emotion[named.index, named].mean()}
@@ -108,7 +108,7 @@ def test_evaluators_come_back_as_they_were_saved(folder, loaded):
     saved, texts = load_file(folder / 'evaluators.safetensors'), ['a funny dog', 'the tree in an ugly scene']
     h = run_frozen(clip.backbone, images, 'by hand', clip.backbone)
     np.testing.assert_allclose(clip.embed_images(images), h @ saved['image_projector.weight'].numpy().T, atol=1e-5)
-    raw = encode_texts(raw_text_encoder(), texts)
+    raw = encode_texts(load_text_encoder('minilm'), texts)
     np.testing.assert_allclose(clip.embed_texts(texts), raw @ saved['text_projector.weight'].numpy().T, atol=1e-5)
     adjectives, nouns = (head(torch.from_numpy(h)) for head in (anp.adjectives, anp.nouns))
     for phrase, adjective, noun in zip(anp.top_phrases(images), adjectives, nouns):  # the best has the best of each

@@ -1,21 +1,20 @@
 "pacl.tables: the paper's numbers, ours against loops, signs and order, and the whole stage on a miniature run."
+import itertools
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import pacl.tables
 from pacl.evaluate import score, summary
 from pacl.parts.encoders import BACKBONES
 from pacl.parts.readers import Task, single
 from pacl.parts.stages import InputError, write_stage
-from pacl.partition import PARTITIONS
-from pacl.tables import (TABLES, agreement, as_outputs, beside, builds_on, differences, pair_report, paper_pairs, paper_tables,
-                         plot_rows, read_outputs, read_paper, results_to_read, run_tables, score_runs, similarities, table_to_read,
-                         to_latex, to_markdown, when_pairs)
+from pacl.tables import (TABLES, agreement, along, as_outputs, beside, builds_on, claims_told, differences, first_asked,
+                         paper_pairs, paper_tables, plot_lines, plot_rows, read_outputs, read_paper, results_to_read, run_tables,
+                         score_runs, table_to_read, when_pairs, write_table)
+from pacl.train import Run
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 CLASSES = ('a', 'b', 'c', 'd')
@@ -56,7 +55,7 @@ def made_up(shares, seeds=(0, 1, 2), n=200, dataset='new', task='label', protoco
             right = np.arange(n) + rng.normal(0, 5, n) < share * n
             tables.append(pd.DataFrame({
                 'run': run, 'protocol': protocol, 'dataset': dataset, 'task': task, 'level': task, 'seed': str(seed),
-                'id': [f'{i:04}' for i in range(n)], 'label': label, 'prediction': np.where(right, label, np.roll(label, 1))}))
+                'id': [f'{i:04}' for i in range(n)], 'group': '', 'label': label, 'prediction': np.where(right, label, np.roll(label, 1))}))
     return pd.concat(tables)
 
 
@@ -67,7 +66,7 @@ def ratings(runs, n=60):
         for level, y in truth.items():
             tables.append(pd.DataFrame({
                 'run': run, 'protocol': 'linear', 'dataset': 'mixed', 'task': 'vad', 'level': level, 'seed': '0',
-                'id': [f'{i:04}' for i in range(n)], 'label': y, 'prediction': y + rng.normal(0, 1, n)}).astype(str))
+                'id': [f'{i:04}' for i in range(n)], 'group': '', 'label': y, 'prediction': y + rng.normal(0, 1, n)}).astype(str))
     return pd.concat(tables)
 
 
@@ -105,16 +104,16 @@ def test_results_and_differences_are_those_of_05(tmp_path):
     assert list(q[['value', 'ci_low', 'ci_high']]) == [100 * x for x in expected[['value', 'ci_low', 'ci_high']]]
     assert np.isclose(q['value'], 100 * (given.outputs == given.targets).mean()) and q['method'] == 'pacl'
     vad = results[results['task'] == 'vad']
-    assert set(vad['level']) == {'vad'} and set(vad['metric']) == {'mse', 'r2'}
+    assert set(vad['level']) == {'valence', 'arousal', 'vad'} and set(vad['metric']) == {'mse', 'r2'}
     x = outputs['PACL', 'linear', 'mixed', 'vad']
-    mse = vad.query('run == "PACL" and metric == "mse" and seed == "all"')['value'].item()
+    mse = vad.query('run == "PACL" and metric == "mse" and seed == "all" and level == "vad"')['value'].item()
     assert np.isclose(mse, ((x.outputs - x.targets) ** 2).mean())
     assert set(results.query('protocol == "fine-tune"')['level']) == {'level_2'}  # learnt alone
     table = differences(outputs, [('PACL', 'initial'), ('PACL', 'B')])
     assert set(table['b']) == {'initial'}  # B has other seeds
     d = table.query('task == "label" and metric == "accuracy"').iloc[0]
     expected = summary({key: x - other.measured[key] for key, x in given.measured.items()}, 1).query('metric == "accuracy"').iloc[0]
-    assert list(d[['difference', 'low', 'high']]) == [100 * x for x in expected[['value', 'ci_low', 'ci_high']]]
+    assert list(d[['value', 'ci_low', 'ci_high']]) == [100 * x for x in expected[['value', 'ci_low', 'ci_high']]]
 
 
 @pytest.mark.parametrize('run, runs, base', [
@@ -187,7 +186,7 @@ def test_signs_and_order(tmp_path):
     compared = differences(read_outputs(tmp_path), list(zip(pairs['a'], pairs['b'])))
     signs = pairs.merge(compared)
     counts = agreement(lines.query('table == "table4" and metric == "accuracy"'), signs).iloc[0]
-    told = np.sign(signs['low']).where(np.sign(signs['low']) == np.sign(signs['high']), 0) * signs['paper_sign']
+    told = ((signs['ci_low'] > 0) * 1 - (signs['ci_high'] < 0)) * signs['paper_sign']
     assert list(counts[['as_paper', 'opposite', 'open']]) == [(told == sign).sum() for sign in (1, -1, 0)]
     assert counts['kendall'] == pytest.approx(4 / 6)  # initial and unpartitioned change places
 
@@ -196,23 +195,33 @@ def test_markdown_and_latex(tmp_path):
     results = results_of(tmp_path, made_up(SHARES | {'PACL, γ 0.3': .6}))
     table = results_to_read(results, 'linear')
     assert list(table) == [('new/label', 'accuracy')] and list(table.index) == [*SHARES, 'PACL, γ 0.3']
-    table = table.droplevel('metric', axis=1)
-    lines = to_markdown(table).splitlines()
-    assert len(lines) == 7 and len({line.count('|') for line in lines}) == 1
-    text = to_latex(table.rename(index={'PACL': '50 % R_2'}))
+    write_table(table.droplevel('metric', axis=1).rename(index={'strong only': '50 % R_2'}), tmp_path / 'table')
+    lines = (tmp_path / 'table.md').read_text().splitlines()
+    assert len(lines) == 7 and len({line.count('|') for line in lines}) == 1 and lines[2].startswith('initial | ')
+    text = (tmp_path / 'table.tex').read_text()
     assert r'\toprule' in text and r'50 \% R\_2' in text and r'$\gamma$' in text and not any(ord(c) > 127 for c in text)
+
+
+def test_a_claim_is_the_sign_of_a_difference():
+    ends = {'initial': (1, 3), 'unpartitioned': (-3, -1), 'strong + partial': (-1, 3)}
+    about = {'a': 'PACL', 'protocol': 'linear', 'task': 'label', 'level': 'label', 'metric': 'accuracy'}
+    rows = [about | {'b': b, 'ci_low': low, 'ci_high': high} for b, (low, high) in ends.items()]
+    table = claims_told(pd.DataFrame(rows))
+    assert list(table['told'][table['ci_low'].notna()]) == ['holds here', 'does not', 'cannot be told']
+    assert set(table['told'][table['ci_low'].isna()]) == {'was not asked'}
 
 
 # when, why, and figures
 
 def when_runs():
-    columns = ['run', 'method', 'partition', 'noise', 'mismatched', 'flipped', 'budget', 'tables']
-    rows = [('plain', 'unpartitioned', 'evaluators', '', '', '0.0', '0.5', 'when'),
-            ('u', 'unpartitioned', 'true', 'uniform', '0.4', '0.0', '0.5', 'when'),
-            ('p', 'pacl', 'true', 'uniform', '0.4', '0.0', '0.5', 'when'), ('f', 'pacl', 'true', '', '', '0.2', '0.5', 'when'),
-            ('r', 'strong', 'random', '', '', '0.0', '0.5', 'when'), ('e', 'pacl', 'evaluators', '', '', '0.0', '0.5', 'main when'),
-            ('x', 'pacl', 'evaluators', '', '', '0.0', '1.0', 'main')]
-    return pd.DataFrame(rows, columns=columns)
+    rows = [('plain', dict(method='unpartitioned', budget=.5), 'when'),
+            ('u', dict(method='unpartitioned', partition='true', noise='uniform', mismatched=.4, budget=.5), 'when'),
+            ('p', dict(partition='true', noise='uniform', mismatched=.4, budget=.5), 'when'),
+            ('f', dict(partition='true', flipped=.2, budget=.5), 'when'),
+            ('r', dict(method='strong', partition='random', budget=.5), 'when'),
+            ('e', dict(budget=.5), 'main when'), ('x', {}, 'main')]
+    runs = pd.DataFrame([{'run': name, **vars(Run(**given)), 'tables': tables} for name, given, tables in rows])
+    return runs.astype(object).where(runs.notna(), '').astype(str)
 
 
 def test_when_each_run_is_compared_with_unpartitioned_training_on_the_same_posts():
@@ -221,76 +230,54 @@ def test_when_each_run_is_compared_with_unpartitioned_training_on_the_same_posts
 
 
 def test_each_value_is_drawn_in_the_row_of_its_name():
-    table = pd.DataFrame({'panel': ['x', 'x', 'y'], 'row': ['A', 'B', 'B'], 'run': 'PACL', 'value': [3., 1, 2], 'low': 0., 'high': 4.,
+    table = pd.DataFrame({'panel': ['x', 'x', 'y'], 'row': ['A', 'B', 'B'], 'run': 'PACL', 'value': [3., 1, 2], 'ci_low': 0., 'ci_high': 4.,
                           'base': 0})
-    left, right = plot_rows(table, 'accuracy').axes
-    names = [label.get_text() for label in left.get_yticklabels()]
-    marks = [line for line in [*left.lines, *right.lines] if line.get_marker() == '^']
-    drawn = [(line.get_xdata()[0], names[int(line.get_ydata()[0])]) for line in marks]
+    drawn = []
+    for ax in plot_rows(table, 'accuracy').axes:
+        names = [label.get_text() for label in ax.get_yticklabels()]
+        drawn += [(bar.get_width(), name) for bar, name in zip(ax.patches, names)]
     assert drawn == [(3, 'A'), (1, 'B'), (2, 'B')]
+
+
+def test_runs_that_are_alike_but_for_a_setting_make_a_line():
+    asked = [Run(n_clusters=r, temperature=.1) for r in (2, 6, 25)]
+    asked += [Run(method='strong', n_clusters=2), Run(method='strong', n_clusters=6), Run(threshold=.1)]
+    runs = pd.DataFrame([{'run': one.label, **vars(one)} for one in asked])
+    numbers = pd.DataFrame({'run': runs['run'], 'metric': 'r2', 'value': range(6), 'ci_low': 0, 'ci_high': 9})
+    table = along(('n_clusters', 'threshold'), runs, numbers)
+    lines = {key: list(zip(rows['x'], rows['value'])) for key, rows in table.groupby(['line', 'panel'])}
+    assert lines == {('PACL', 'τ 0.1'): [('2', 0), ('6', 1), ('25', 2)], ('strong only', ''): [('2', 3), ('6', 4)]}
+    assert sorted(len(ax.get_legend().get_texts()) for ax in plot_lines(table, 'accuracy').axes) == [1, 1]
 
 
 # the whole stage
 
-def make_run(run, n=40):
-    "What the stages before leave, in small; models are projectors alone."
-    rng = np.random.default_rng(1)
-    ids = [f'{i:04}' for i in range(n)]
-    truth = pd.DataFrame({'id': ids, 'partition': np.repeat(PARTITIONS, n // 4), 'factual': .5, 'emotional': .5})
-    for column in ('object', 'text_object', 'emotion', 'text_emotion'): truth[column] = rng.choice(['x', 'y', 'z'], n)
+def make_run(run):
+    "What the stages before leave, in small."
     for name in ('features', 'partition', 'clusters', 'models', 'results', 'data'):
         with write_stage(run / name, {'stage': name, 'parameters': {'backbone': 'lite'}}): pass
-    truth.assign(image='x.png', text='words')[['id', 'image', 'text']].to_csv(run / 'data/posts.csv', index=False)
-    np.save(run / 'data/posts.npy', rng.integers(256, size=(n, 4, 4, 3), dtype=np.uint8))
-    truth.to_csv(run / 'partition/truth.csv', index=False)
-    known = truth[['id', 'factual', 'emotional', 'partition']]
-    for name in ('partition', 'true_partition'): known.to_csv(run / f'partition/{name}.csv', index=False)
-    clusters = pd.DataFrame({'id': ids, 'factual_cluster': np.arange(n) % 2, 'emotional_cluster': np.arange(n) // 2 % 2})
-    clusters[::-1].to_csv(run / 'clusters/clusters.csv', index=False)
-    np.save(run / 'features/text.npy', rng.normal(size=(n, 8)).astype(np.float32))
-    (run / 'models/pacl-s0').mkdir()
-    towers = {f'{kind}_projector': torch.from_numpy(rng.normal(size=(5, d))).float() for kind, d in (('image', 48), ('text', 8))}
-    save_file(towers, run / 'models/pacl-s0/projectors.safetensors')
+    rated = pd.DataFrame({'id': [f'{i:04}' for i in range(60)], 'image': 'x.png'})
+    rated.to_csv(run / 'data/mixed.csv', index=False)
+    np.save(run / 'data/mixed.npy', np.zeros((60, 4, 4, 3), np.uint8))
     runs = when_runs().assign(seed='0', folder='')
     names = {'initial': 'initial', 'unpartitioned': 'unpartitioned', 'strong only': 'strong', 'PACL': 'pacl'}
-    main = pd.DataFrame({'run': names.keys(), 'method': names.values(), 'folder': ['', '', '', 'pacl-s0']})
-    main = main.assign(partition='evaluators', budget='1.0', tables='main', seed='0', noise='', mismatched='', flipped='0.0')
+    main = pd.DataFrame({'run': names.keys(), 'method': names.values()})
+    usual = runs[runs['run'] == 'x'].iloc[0][['partition', 'budget', 'flipped']]
+    main = main.assign(tables='main', seed='0', folder='', **usual)
     pd.concat([main, runs[runs['tables'] == 'when']]).to_csv(run / 'models/runs.csv', index=False)
     shares = SHARES | dict.fromkeys('uprf', .5) | {'plain': .4}
     write_predictions(run, made_up(shares), made_up(SHARES, task='object'), ratings(SHARES))
     return run
 
 
-@pytest.fixture
-def flat(monkeypatch):  # pixels for features
-    monkeypatch.setattr(pacl.tables, 'learning_stages', lambda run, folder: None)
-    monkeypatch.setattr(pacl.tables, 'extract', lambda inputs, _: torch.from_numpy(inputs.reshape(len(inputs), -1)).float())
-
-
-def test_pair_report_is_what_a_loop_finds(tmp_path, flat):
-    run = make_run(tmp_path / 'mini')
-    q = pair_report(run, seed=3).set_index('partition').loc['emotional']
-    truth = pd.read_csv(run / 'partition/truth.csv', dtype={'id': str}).set_index('id')
-    clusters = pd.read_csv(run / 'clusters/clusters.csv', dtype={'id': str}).set_index('id')
-    posts = np.random.default_rng(3).permutation(np.flatnonzero(truth['partition'] == 'emotional'))
-    sim, ids = similarities(run, 'pacl-s0', posts), truth.index[posts]
-    false = []
-    for i in range(10):
-        for j in range(10):
-            best = ids[int(sim[:, j].argmax())]
-            if i != j and clusters['factual_cluster'][ids[i]] == clusters['factual_cluster'][best]:
-                false.append(truth['object'][ids[i]] == truth['text_object'][ids[j]])
-    assert np.allclose([q['dropped'], q['dropped_object']], [len(false) / 90, np.mean(false)])
-
-
-def test_run_tables(tmp_path, flat):
+def test_run_tables(tmp_path):
     run = make_run(tmp_path / 'mini')
     out = run_tables(run)
     assert run_tables.stale(run) is None
     written = {path.relative_to(out).as_posix() for path in out.rglob('*.*')}
     tables = {f'table{k}.{kind}' for k in (1, 4) for kind in ('csv', 'md', 'tex')}
-    figures = {f'figures/{name}.png' for name in ('gap', 'contributions', 'when')}
-    others = {f'{name}.csv' for name in ('results', 'differences', 'signs', 'agreement', 'pairs')}
+    figures = {f'figures/{name}.png' for name in ('gap', 'contributions', 'moved', 'sweeps')}
+    others = {f'{name}.csv' for name in ('results', 'differences', 'signs', 'agreement', 'claims', 'choice')}
     assert written - {'stage.json'} == tables | figures | others
     table = pd.read_csv(out / 'table4.csv')
     assert table['paper'].isna().all() and not table['same'].any()  # other sets, another backbone: none of the paper's numbers
@@ -301,10 +288,18 @@ def test_run_tables(tmp_path, flat):
     assert told == {name: counts[name].sum() for name in ('as_paper', 'opposite', 'open')}
 
 
-def test_posts_without_a_truth_and_without_a_task(tmp_path, flat):
+def test_posts_without_a_truth_and_without_a_class(tmp_path):
     run = make_run(tmp_path / 'mini')
-    (run / 'partition/truth.csv').unlink()
-    pd.read_csv(run / 'results/predictions.csv', dtype=str).query('task == "vad"').to_csv(run / 'results/predictions.csv', index=False)
+    told = pd.read_csv(run / 'results/predictions.csv', dtype=str, keep_default_na=False).query('task == "vad"')
+    runs = pd.read_csv(run / 'models/runs.csv', dtype=str, keep_default_na=False)
+    answers, one = (table[table['run'] == 'PACL'] for table in (told, runs))
+    for t, lr in itertools.product((.1, 1), (.1, .2)):
+        name = f'PACL, τ {t}, lr {lr}'
+        told = pd.concat([told, answers.assign(run=name, protocol='validation')])
+        runs = pd.concat([runs, one.assign(run=name, temperature=t, lr=lr, tables='choice')])
+    told.to_csv(run / 'results/predictions.csv', index=False)
+    runs.to_csv(run / 'models/runs.csv', index=False)
     (run / 'data/tasks.json').write_text(json.dumps({'mixed': {'vad': vars(TASKS['mixed']['vad'])}}))
     out = run_tables(run)
-    assert not (out / 'pairs.csv').exists() and (out / 'results.csv').exists() and not list((out / 'figures').iterdir())
+    assert {path.stem for path in (out / 'figures').iterdir()} == {'moved', 'contributions', 'choice'}
+    assert list(first_asked(pd.read_csv(out / 'choice.csv'), 'validation')[['level', 'metric']].iloc[0]) == ['valence', 'r2']

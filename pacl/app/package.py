@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['CARD', 'Head', 'EmotionEncoder', 'check_files', 'read_head', 'load', 'Features', 'picture_paths', 'features',
-           'train_head', 'Deployed', 'write_onnx', 'origin', 'model_card', 'export', 'keyword_names', 'enhance']
+           'fit_head', 'Deployed', 'write_onnx', 'origin', 'to_markdown', 'model_card', 'export', 'keyword_names',
+           'enhance']
 
 # %% ../../nbs/app/package.ipynb #003
 import inspect
@@ -183,25 +184,24 @@ def features(
     return Features(readable, np.concatenate([rows for _, rows in batches]), rejected)
 
 # %% ../../nbs/app/package.ipynb #015
-def train_head(
+def fit_head(
     encoder: VisualEncoder,
     benchmark: str,      # NAME[/TASK]:FOLDER, fi:/data/FI; folder:FOLDER has a folder for each class
-    seed: int = 0,       # of the order
     spare: Path | None = None,  # where decoded pictures lie meanwhile, 150 kB each at 224 pixels
 ) -> Head:
-    "Raises InputError that names what is wrong with the benchmark."
+    "§4.4. Raises InputError that names what is wrong with the benchmark."
     from pacl import evaluate
     from pacl.parts.data import read_benchmark
     from pacl.parts.pictures import read_images
     name, task_name, root = parse_source(benchmark)
+    known = read_benchmark(name, root, [task_name])
+    (task_name, task), = known.tasks.items()
     backbone: Any = encoder.backbone
     side = backbone.pretrained_cfg['input_size'][-1]
     with tempfile.TemporaryDirectory(prefix='.pacl-', dir=spare) as scratch:
-        table, tasks = read_benchmark(name, root, [task_name], Path(scratch) / 'split.csv')
-        images, table, _ = read_images(table, root, side, Path(scratch))
+        images, table, _ = read_images(known.table, root, side, Path(scratch))
         x = encoders.run_frozen(backbone, images, 'benchmark', backbone)
         del images  # the folder that it is mapped from goes away
-    (task_name, task), = tasks.items()
     y = task.targets(table)
     data = {}
     for split in ('train', 'val', 'test'):
@@ -209,10 +209,9 @@ def train_head(
         if not len(members):
             raise InputError(f'{benchmark}: none of the pictures that can be read is of the {split} split.')
         data[split] = x[members], y[members]
-    probe = evaluate.train_head(task, data['train'], data['val'], seed=seed)
+    probe = evaluate.train_head(task, data['train'], data['val'])
     pictures, targets = data['test']
-    predictions = evaluate.predict(task, probe, pictures)
-    scores = evaluate.score(task.kind, targets, predictions, list(task.columns))
+    scores = evaluate.score(task.kind, targets, evaluate.predict(task, probe, pictures), task.columns)
     scores = scores.drop(columns='sd').round(4).replace({np.nan: None})
     about = {'benchmark': f'{name}/{task_name}', 'scores': scores.to_dict('records'),
              'pictures': table['split'].value_counts().to_dict()}
@@ -320,26 +319,26 @@ may bind what was trained. The demo's pictures are OpenMoji's, CC BY-SA 4.0. Cod
 '''
 
 # %% ../../nbs/app/package.ipynb #022
+def to_markdown(records: list[dict]) -> str:  # all with the same keys
+    rows = [[*records[0]], ['---'] * len(records[0])]
+    for record in records:
+        rows.append([str(value) for value in record.values()])
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
 def model_card(
     config: dict,       # config.json
     about: dict,        # of `origin`
     head: Head | None,
 ) -> str:               # markdown, with the metadata that the hubs read
     "What is known of a model, and what it is not for."
-    from pacl.tables import to_markdown
-
-    def rows(records):
-        table = pd.DataFrame(records).astype(str)
-        return to_markdown(table.set_index(table.columns[0]))
-
     cfg = config['pretrained_cfg']
     history = [f'- {name}: {json.dumps(done)}' for name, done in about.items() if name != 'results']
     results = 'None of the encoder were found beside it.'
     if about.get('results'):
-        results = 'On test pictures; intervals of 95 % over pictures, not runs.\n\n' + rows(about['results'])
+        results = 'On test pictures; intervals of 95 % over pictures, not runs.\n\n' + to_markdown(about['results'])
     if head:
         results += '\n\nThe head, not calibrated: {benchmark}, {pictures} pictures.\n\n'.format(**head.about)
-        results += rows(head.about['scores'])
+        results += to_markdown(head.about['scores'])
     base = config['architecture']
     if 'features' in about:
         base = about['features']['parameters']['backbone']
@@ -352,9 +351,8 @@ def export(
     model: str | Path,  # a model's folder
     out: str | Path,    # new, empty, or an earlier export
     *,
-    head: str = '',     # NAME[/TASK]:FOLDER, as for `train_head`; '': the model's own, if it has one
+    head: str = '',     # NAME[/TASK]:FOLDER, as for `fit_head`; '': the model's own, if it has one
     onnx: bool = False,  # model.onnx too, checked against torch
-    seed: int = 0,      # of the head
 ) -> Path:              # out: the encoder's two files, README.md, stage.json, and what was asked for
     "Raises InputError for a damaged model, a folder that is not empty, a benchmark that cannot be read."
     folder, out = Path(model), Path(out)
@@ -366,7 +364,7 @@ def export(
         raise InputError(f'{out} is there and no earlier export. Name another folder.')
     out.parent.mkdir(parents=True, exist_ok=True)
     if head:
-        encoder.head = train_head(encoder, head, seed, out.parent)
+        encoder.head = fit_head(encoder, head, out.parent)
     record = {'stage': 'export', 'about': about, 'result': {}}
     with write_stage(out, record) as new:
         for name in ('config.json', 'model.safetensors'):

@@ -69,6 +69,7 @@ def load_lite0() -> nn.Module:
 # %% ../../nbs/parts/encoders.ipynb #013
 def load_backbone(
     name: str,   # of BACKBONES or timm; OWNER/NAME on the hub; or a folder, as `save_backbone` writes
+    classifier: bool = False,  # leave it on
 ) -> nn.Module:  # images (N, 3, H, W) → features (N, num_features)
     "f_v of Fig. 4 with its pre-trained weights, in evaluation mode. Raises InputError where there are none."
     import timm
@@ -85,7 +86,8 @@ def load_backbone(
     with loading(f'backbone: {source}', 'config.json and model.safetensors, as timm keeps them'):
         lite0 = name == 'tf_efficientnet_lite0'
         model = load_lite0() if lite0 else timm.create_model(full, pretrained=True)
-    model.reset_classifier(0)
+    if not classifier:
+        model.reset_classifier(0)
     return model.eval()
 
 # %% ../../nbs/parts/encoders.ipynb #016
@@ -155,10 +157,12 @@ def run_frozen(
     backbone: nn.Module = None,  # given with pictures: the timm model whose normalisation they need
     seeds: list = None,          # given with pictures: augment each with its own
     out: np.ndarray = None,      # to write to, e.g. memory-mapped
-    batch_size: int = 64,
+    batch_size: int = 64,        # of pictures on a CPU: as many as its cache holds
 ) -> np.ndarray:                 # (N, …), the type of `out`, else float32
     "What the module makes of all inputs, without gradients."
     device = next(module.parameters()).device
+    if backbone and device.type == 'cpu':
+        batch_size = min(batch_size, 1 + 100_000 // inputs[0, ..., 0].size)
 
     @torch.inference_mode()
     def compute(start):

