@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .baselines import PDANet, phrase_responses
 from .parts.data import drawn_splits, load_set, load_tasks
-from .parts.encoders import (encode_texts, fit, load, load_backbone, split_backbone,
+from .parts.encoders import (best_device, encode_texts, fit, load, load_backbone, split_backbone,
                                  text_encoder_of, to_input)
 from .parts.judges import evaluators_of
 from .parts.readers import POLARITY, Task, folds_of
@@ -473,7 +473,7 @@ def learning_stages(
     if model: backbone = load(run / 'models' / model).backbone
     else: backbone = load_backbone(facts['backbone'])
     stages = split_backbone(backbone, facts['trainable_stages'])[1].eval()
-    return stages.to('cuda' if torch.cuda.is_available() else 'cpu', memory_format=torch.channels_last)
+    return stages.to(best_device(), memory_format=torch.channels_last)
 
 def fixed_features(run: Path, job: Job) -> np.ndarray:  # (N, D) float32
     "What linear evaluation learns from."
@@ -546,18 +546,17 @@ def evaluate(
         y = task.targets(table)
         if job.method == 'shuffled-labels':
             y[train] = y[np.random.default_rng(seed + own_seed).permutation(train)]
-        def given(x): return (x[train], y[train]), (x[val], y[val]), x[asked], task
+        def given(x): return (x[train], y[train]), (x[val], y[val]), x[asked]
         order = seed + own_seed
         if protocol in ('linear', 'validation'):
-            *rows, _ = x = given(features())
-            if folds and task.kind == 'regression': return {protocol: ridge_probe(*rows)}
-            return {protocol: linear_probe(*x, epochs=probe_epochs, seed=order)}
+            if folds and task.kind == 'regression': return {protocol: ridge_probe(*given(features()))}
+            return {protocol: linear_probe(*given(features()), task, epochs=probe_epochs, seed=order)}
         with BUILDING:
             backbone = learning_stages(run, job.folder)
             if protocol == 'pdanet':
                 torch.manual_seed(own_seed)
                 backbone = PDANet(backbone)
-        return {'fine-tune': fine_tune(backbone, *given(inputs), epochs=fine_tune_epochs,
+        return {'fine-tune': fine_tune(backbone, *given(inputs), task, epochs=fine_tune_epochs,
                                        backbone_lr=backbone_lr, seed=order)}
 
     tables = []

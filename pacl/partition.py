@@ -255,13 +255,15 @@ def run_partition(
     sentences: str = 'standins',  # B of Eq. 2
 ) -> dict:                        # {partition: number of posts}
     "§3.1 as a stage."
+    from pacl.parts.judges import kind_of
+
     rescale(np.zeros(1), scale)          # a wrong setting is said before hours of work, not after
     assign_partition([], [], threshold)
     table = load_set(run, 'posts')[0][['id']]
-    felt = valence_score if phrases.startswith('valence:') else emotion_score
+    felt = valence_score if kind_of(phrases) == 'valence' else emotion_score
     equations = ('factual', factual, clip_score), ('emotional', phrases, felt)
     for column, judge, _ in equations:
-        if judge.startswith('scores:'):
+        if kind_of(judge) == 'scores':
             path = Path(judge.removeprefix('scores:')).expanduser()
             table[column] = rescale(read_scores(path, column, table['id']), scale)
     pairs = embed_posts(run, dict(zip(NAMES, (factual, phrases, sentences))))

@@ -40,7 +40,7 @@ from .baselines import bag_of_words, pretrain, sentiment_guided_loss, sentiments
 from .cluster import cluster_features
 from .contrast import pacl_loss, similarities
 from .parts.data import in_post_order, load_set
-from .parts.encoders import VisualEncoder, augment, cosine, encode_texts, id_keys, load, load_backbone
+from .parts.encoders import VisualEncoder, augment, best_device, cosine, encode_texts, id_keys, load, load_backbone
 from .parts.encoders import load_text_encoder, save_backbone, split_backbone, text_encoder_of, to_input
 from .parts.readers import read_table
 from .parts.stages import InputError, code_hashes, digest, figure, file_hashes, keep, kept_folder
@@ -145,7 +145,7 @@ def asked_runs(
     truth: bool,           # is it known of the posts?
     chosen: dict = {},     # method → settings of its own
 ) -> dict:                 # {Run: (protocols, groups, seeds)}
-    "Raises InputError for what is no table, and for one that asks for a truth that is not there."
+    "Raises InputError for what is no table, for a truth that is not there, and for what `chosen` cannot mean."
     listed = [*listed_runs(text_encoders)]
     groups = {group for group, *_ in listed if truth or group != 'when'}
     names = re.sub(r'\b(?=\d)', 'table', tables)  # 1 → table1
@@ -153,6 +153,9 @@ def asked_runs(
     if 'all' in asked: asked = asked - {'all'} | groups - {'choice'}
     for name in asked - groups:
         raise InputError(f'tables={tables}: {name} is unknown, or needs a known truth; {nearest(name, groups)}')
+    for method, settings in chosen.items():
+        if method not in METHODS: raise InputError(f'chosen: unknown method "{method}"; {nearest(method, METHODS)}')
+        train_config(settings)  # InputError
     runs = {}
     for group, run, protocols, seeds in listed:
         if group not in asked: continue
@@ -340,7 +343,7 @@ class Towers(nn.Module):
     "g_v ∘ f_v and g_t of Fig. 4, on a GPU where there is one; f_t's features are given."
     def __init__(self, posts: Posts, config: TrainConfig, text_dim: int):
         super().__init__()
-        self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.device = torch.device(best_device())
         self.bfloat16 = config.precision in ('bfloat16', 'auto' if self.device.type == 'cuda' else '')
         self.backbone = load_backbone(posts.settings['backbone'])
         self.backbone.requires_grad_(False)

@@ -125,6 +125,13 @@ def test_a_table_that_cannot_be_asked_for(tables, says):
     with pytest.raises(InputError, match=says): asked_runs(tables, (), OWN, False)
 
 
+@pytest.mark.parametrize('chosen, says', [({'pcal': {'lr': 1e-4}}, 'unknown method "pcal"; nearest valid: pacl'),
+                                          ({'pacl': {'temprature': 1}}, 'unknown setting "temprature"; nearest valid: temperature'),
+                                          ({'pacl': {'temperature': -1}}, 'temperature is -1')])
+def test_a_choice_that_means_nothing(chosen, says):
+    with pytest.raises(InputError, match=says): asked_runs('', (), OWN, True, chosen)
+
+
 # the schedule, Eqs. 15–17
 
 @given(st.integers(1, 100), st.data())

@@ -160,7 +160,7 @@ def features(
     "Raises InputError where there are no pictures."
     paths = picture_paths(images)
     if not isinstance(encoder, VisualEncoder):
-        encoder = load(encoder).to('cuda' if torch.cuda.is_available() else 'cpu')
+        encoder = load(encoder).to(encoders.best_device())
     backbone: Any = encoder.backbone
     device = next(backbone.parameters()).device
     rejected: dict[str, str] = {}

@@ -175,7 +175,7 @@ def missing_weights(find, name: str) -> str:  # '' where `find(name)` does
         return f'weights of {name}.\n   → {error}'
     return ''
 
-def missing_judge(text: str) -> str:  # as `load_evaluators` takes it
+def missing_judge(text: str) -> str:  # as `load_judges` takes it
     from pacl.parts.judges import load_open_clip
     kind, _, place = text.partition(':')
     if kind == 'open_clip':
@@ -240,6 +240,7 @@ def picture_count(text: str) -> int:  # NAME:FOLDER; as published, else what lie
 def expected_seconds(
     settings: dict,  # {name: value} of all notebooks
 ) -> dict:           # {stage: seconds}, roughly; the others take less
+    from pacl.evaluate import SMALL
     from pacl.train import METHODS, asked_runs
     runs = asked_runs(settings['tables'], settings['text_encoders'], {}, not settings['posts'], settings['chosen'])
     n_posts, tuned = settings['n_posts'], settings['n_train']
@@ -248,7 +249,7 @@ def expected_seconds(
         n_posts = picture_count(settings['posts'])
         sets = [picture_count(text) for text in settings['benchmarks']]
         tuned = sets[0]
-    if settings['folds'] and tuned < 2000:
+    if settings['folds'] and tuned < SMALL:
         tuned *= settings['folds']
     trained = evaluated = 0.
     for run, (protocols, _, seeds) in runs.items():
@@ -482,7 +483,8 @@ def run_profile(arguments, stages: dict, notebooks: Path, profiles: Path) -> int
         if executed.exists():
             write_report(executed, run / 'report.html')
             print(f'To read: {shown(run / "report.html")}')
-        if args.keep_outputs: keep_outputs(run, notebooks)
+        if args.keep_outputs:
+            keep_outputs(run, notebooks)
     print(f'{clock(time.time() - start)} in all. Stages and executed notebooks: {shown(run)}')
     return 0
 

@@ -203,7 +203,7 @@ def stage(
             started = time.time()
             with write_stage(out, record) as folder:
                 record['result'] = fill(run, folder, **parameters) or {}
-                for path in outside(parameters):  # afterwards: it may keep a split.csv beside the user's pictures
+                for path in outside(parameters):  # afterwards: it may write beside the user's files
                     inputs[str(path.absolute())] = digest(listing(path))
                 record |= {'seconds': round(time.time() - started, 1), **surroundings()}
             return out
