@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['masked_info_nce', 'phi_f', 'phi_f_inverse', 'phi_e', 'phi_e_inverse', 'PairMasks', 'own_pairs', 'strong_masks',
-           'emotional_masks', 'factual_masks', 'weak_masks', 'pair_masks', 'widened', 'contrastive_loss',
-           'similarities', 'pacl_loss', 'mask_quality', 'false_negative_weight']
+           'emotional_masks', 'factual_masks', 'weak_masks', 'pair_masks', 'contrastive_loss', 'similarities',
+           'pacl_loss']
 
 # %% ../nbs/03_contrast.ipynb #005
 from typing import NamedTuple
@@ -104,11 +104,7 @@ def pair_masks(
     factual_clusters: Tensor,    # (N,) int, y^f of the images
     emotional_clusters: Tensor,  # (N,) int, y^e of the texts
 ) -> PairMasks:
-    "The masks of one partition. Raises ValueError for an unknown one and for differing shapes."
-    n = len(sim)
-    if not (sim.shape == (n, n) and factual_clusters.shape == emotional_clusters.shape == (n,)):
-        raise ValueError(f'shapes differ: sim {sim.shape}, clusters {factual_clusters.shape} and '
-                         f'{emotional_clusters.shape}; expected (N, N), (N,) and (N,)')
+    "The masks of one partition. Raises ValueError for an unknown one."
     if partition == 'strong': return strong_masks(sim)
     if partition == 'emotional': return emotional_masks(sim, factual_clusters)
     if partition == 'factual': return factual_masks(sim, emotional_clusters)
@@ -116,15 +112,13 @@ def pair_masks(
     raise ValueError(f'unknown partition "{partition}", expected one of strong, emotional, factual, weak')
 
 # %% ../nbs/03_contrast.ipynb #031
-def widened(x: Tensor) -> Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
-
 def contrastive_loss(
     sim: Tensor,                # (N, N) s_ij, images in rows, texts in columns
     masks: PairMasks,           # positives and candidates of both directions
     temperature: float = 0.07,  # τ, > 0
 ) -> Tensor:                    # scalar in float32 or wider
     "Eq. 3 (§3.3), both directions."
-    logits = widened(sim) / temperature
+    logits = sim.to(torch.promote_types(sim.dtype, torch.float32)) / temperature
     image_loss = masked_info_nce(logits, masks.image_positives, masks.image_candidates)
     text_loss = masked_info_nce(logits.T, masks.text_positives, masks.text_candidates)
     return (image_loss + text_loss) / 2
@@ -148,47 +142,3 @@ def pacl_loss(
     sim = similarities(image_features, text_features)
     masks = pair_masks(sim.detach(), partition, factual_clusters, emotional_clusters)
     return contrastive_loss(sim, masks, temperature)
-
-# %% ../nbs/03_contrast.ipynb #044
-def mask_quality(
-    masks: PairMasks,
-    image_object: Tensor,   # (N,) int, object that the image shows
-    text_object: Tensor,    # (N,) int, object that the text names, −1 for none
-    image_emotion: Tensor,  # (N,) int
-    text_emotion: Tensor,   # (N,) int
-) -> dict[str, float]:      # shares in [0, 1]; nan where there is nothing to count
-    """How often the filter and the positives are right, both directions counted together. It waits for the GPU.
-
-    - `dropped`: share of the negatives that the filter drops.
-    - `dropped_object`, `dropped_emotion`: share of the dropped that match in it, i.e. were false.
-    - `negatives_…`: the same of all negatives before filtering, i.e. chance; `positives_…`: of the positives.
-    - `…_own`: share that are the own pair.
-    """
-    # images × texts, all of them
-    positives = torch.stack([masks.image_positives, masks.text_positives.T])
-    dropped = ~torch.stack([masks.image_candidates, masks.text_candidates.T])
-
-    def share(true, pairs): return ((true & pairs).sum() / pairs.sum()).item()  # 0 / 0 is nan
-
-    same_object = image_object[:, None] == text_object
-    truths = {'object': same_object, 'emotion': image_emotion[:, None] == text_emotion,
-              'own': own_pairs(same_object)}
-    pair_kinds = {'dropped': dropped, 'negatives': ~positives, 'positives': positives}
-    quality = {'dropped': share(dropped, ~positives)}
-    for kind, pairs in pair_kinds.items():
-        for name, same in truths.items():
-            quality[f'{kind}_{name}'] = share(same, pairs)
-    return quality
-
-# %% ../nbs/03_contrast.ipynb #050
-def false_negative_weight(
-    sim: Tensor,                # (N, N) s_ij, images in rows, texts in columns
-    masks: PairMasks,
-    same: Tensor,               # (N, N) bool: pairs that match, whatever the masks say
-    temperature: float = 0.07,  # τ, > 0
-) -> float:                     # share in [0, 1]
-    "How much of the gradient that pushes pairs apart falls on pairs that match. It waits for the GPU."
-    sim = sim.detach().requires_grad_()
-    loss = contrastive_loss(sim, masks, temperature)
-    push = torch.autograd.grad(loss, sim)[0].clamp(min=0)  # what is below 0 is pulled
-    return (push[same].sum() / push.sum()).item()

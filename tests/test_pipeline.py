@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,34 +55,42 @@ chosen = {}     # of nothing"""}
 RUN = {'a_numbers': 'run_numbers(run, n=n, kind=kind, seed=seed)',
        'b_total': 'run_total(run, scale=scale, seed=seed, folder=folder, slow=slow, lr=lr, chosen=chosen)'}
 STAGES = {'numbers': 'a_numbers', 'total': 'b_total'}
+ROOT = Path(__file__).parents[1]
+CELLS_OF = {stage: parameters_cell(ROOT / f'nbs/{name}.ipynb') for stage, name in pipeline.STAGES.items()}
+PROGRAM = f'''import sys
+from pathlib import Path
+from pacl.app import pipeline
+from pacl.app.pipeline import main
+pipeline.ROOT, pipeline.STAGES = Path.cwd(), {STAGES}
+'''
 
 
 @pytest.fixture
 def mini(tmp_path, monkeypatch):
     "Notebooks, their module and a profile in a folder of their own; mini(…) is the command line, run in this process."
-    for folder in ('code', 'nbs', 'profiles'): (tmp_path / folder).mkdir()
+    for folder in ('code', 'nbs', 'data/profiles'): (tmp_path / folder).mkdir(parents=True)
     (tmp_path / 'code/mini.py').write_text(MODULE)
     for name, parameters in CELLS.items():
         cells = [nbformat.v4.new_code_cell(parameters, metadata={'tags': ['parameters']}),
                  nbformat.v4.new_code_cell(f'from mini import *\n{RUN[name]}')]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f'nbs/{name}.ipynb')
-    (tmp_path / 'profiles/demo.yaml').write_text('# the two miniatures\nn: 4\n')
+    (tmp_path / 'data/profiles/demo.yaml').write_text('# the two miniatures\nn: 4\n')
     monkeypatch.syspath_prepend(tmp_path / 'code')
-    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'code'))
+    monkeypatch.setenv('PYTHONPATH', f'{tmp_path / "code"}:{ROOT}')
+    monkeypatch.setattr(pipeline, 'ROOT', tmp_path)
+    monkeypatch.setattr(pipeline, 'STAGES', STAGES)
     monkeypatch.delitem(sys.modules, 'mini', raising=False)
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def command(*arguments):
-        return main([*arguments, '--runs', 'runs'], STAGES, tmp_path / 'nbs', tmp_path / 'profiles')
-    yield command
+    yield lambda *arguments: main([*arguments, '--runs', 'runs'])
     for number, handler in handlers.items(): signal.signal(number, handler)
 
 
 @pytest.fixture
 def quick(mini, monkeypatch):
     "As mini, without papermill: a kernel's start takes seconds."
-    def call(notebook, executed, parameters): getattr(__import__('mini'), f'run_{notebook.stem[2:]}')(**parameters)
+    def call(run, name, parameters): getattr(__import__('mini'), f'run_{name[2:]}')(run, **parameters)
     monkeypatch.setattr(pipeline, 'run_notebook', call)
     return mini
 
@@ -99,7 +108,7 @@ def test_through_papermill(mini, capfd, monkeypatch):
     out = out.splitlines()
     assert re.fullmatch(r'\d\d:\d\d:\d\d  numbers    never ran …', out[0])
     assert re.fullmatch(r' +numbers    0:\d\d:\d\d: numbers 4', out[1])
-    assert re.fullmatch(r' +total      0:\d\d:\d\d: total 24, folder .*', out[3])
+    assert re.fullmatch(r' +total      0:\d\d:\d\d: total 24.0, folder a b', out[3])
     assert re.search(r'0:\d\d:\d\d in all.*: runs/demo$', out[4])
     executed = json.loads(Path('runs/demo/notebooks/b_total.ipynb').read_text())
     assert 'scale = 2.0' in json.dumps(executed) and Path('runs/demo/total/total.txt').read_text() == '24.0'
@@ -121,12 +130,7 @@ def test_only_what_is_not_current_runs(quick, capsys):
 
 def test_all_current_needs_neither_papermill_nor_torch(quick):
     assert quick() == 0
-    code = f'''import sys
-from pathlib import Path
-from pacl.app.pipeline import main
-assert main(['--runs', 'runs'], {STAGES}, Path('nbs').absolute(), Path('profiles').absolute()) == 0
-print(*sys.modules)'''
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': ':'.join(sys.path)})
+    run = subprocess.run([sys.executable, '-c', f'{PROGRAM}main(["--runs", "runs"])\nprint(*sys.modules)'], capture_output=True, text=True)
     assert run.stdout.count('current') == 2, run.stderr
     assert not {'papermill', 'torch', 'numpy', 'pandas', 'mini'} & set(run.stdout.split())
 
@@ -137,15 +141,17 @@ print(*sys.modules)'''
     (['scael=2'], r'command line: unknown parameter "scael"; nearest valid: scale'),
     (['xyzzy=2'], r'command line: unknown parameter "xyzzy"; valid: chosen, folder, kind, lr, n, scale, seed, slow, stages'),
     (['run=elsewhere'], r'unknown parameter "run"'),
-    (['n=many'], r'command line: n is "many", expected a whole number'),
-    (['n=2.5'], r'n is 2.5, expected a whole number'),
-    (['n=true'], r'n is true, expected a whole number'),
-    (['scale=[1'], r'scale is "\[1", expected a number'),
-    (['slow=1'], r'slow is 1, expected true or false'),
-    (['lr=.inf'], r'lr is inf, expected a finite number above 0'),
-    (['lr=0'], r'lr is 0.0, expected a finite number above 0'),
-    (['stages=[numbers, totl]'], r'command line: unknown stage "totl"; nearest valid: total'),
-    (['stages=numbers'], r'stages is "numbers", expected a list'),
+    (['n=many'], r"command line: n is 'many', expected int such as 3"),
+    (['n=2.5'], r'n is 2.5, expected int such as 3'),
+    (['n=true'], r'n is True, expected int'),
+    (['scale=[1'], r"scale is '\[1', expected float such as 1.0"),
+    (['slow=1'], r'slow is 1, expected bool'),
+    (['lr=.inf'], r'lr is inf, expected float such as 0.1'),
+    (['lr=0'], r'lr is 0.0, expected float such as 0.1'),
+    (['stages=[numbers, totl]'], r'unknown stage "totl"; nearest valid: total'),
+    (['stages=numbers'], r"stages is 'numbers', expected list"),
+    (['n=0'], r'n is 0, expected int such as 3'),
+    (['seed=-1'], r'seed is -1, expected int such as 0'),
 ])
 def test_bad_input_stops_before_any_work(mini, capsys, arguments, message):
     assert mini(*arguments) == 2
@@ -153,23 +159,23 @@ def test_bad_input_stops_before_any_work(mini, capsys, arguments, message):
 
 
 @pytest.mark.parametrize('profile, message', [
-    ('n: x\nscael: 2\nstages: [totl]\n', r'n is "x".*\n.*unknown parameter "scael".*\n.*unknown stage "totl"'),
+    ('n: x\nscael: 2\nstages: [totl]\n', r"""n is 'x'.*\n.*unknown parameter "scael".*\n.*unknown stage"""),
     ('n: 4\nscael: 2\n', r'profiles/demo.yaml: unknown parameter "scael"; nearest valid: scale'),
-    ('# odd\n\nkind: yes\n', r'profiles/demo.yaml: kind is true, expected text, in quotes'),
+    ('# odd\n\nkind: yes\n', r'profiles/demo.yaml: kind is True, expected str'),
     ('n: 4\nkind: [even\nscale: 2\n', r'profiles/demo.yaml: expected one "name: value" a line'),
     ('n: 4\n\tkind: even\n', r'profiles/demo.yaml: expected one "name: value" a line;[^$]*line 2'),
     ('- n\n- 4\n', r'profiles/demo.yaml: expected one "name: value" a line'),
-    ('n: 4\nstages: [totl]\n', r'profiles/demo.yaml: unknown stage "totl"; nearest valid: total'),
+    ('n: 4\nstages: [totl]\n', r'unknown stage "totl"; nearest valid: total'),
     ('n: !!python/object/apply:os.system ["touch harm"]\n', r'profiles/demo.yaml: [^$]*could not determine a constructor'),
 ])
 def test_bad_profile(mini, capsys, profile, message):
-    Path('profiles/demo.yaml').write_text(profile)
+    Path('data/profiles/demo.yaml').write_text(profile)
     assert mini() == 2
     assert re.search(message, capsys.readouterr().err) and not Path('runs').exists() and not Path('harm').exists()
 
 
 def test_types_that_yaml_reads_otherwise(quick):
-    Path('profiles/demo.yaml').write_text('')
+    Path('data/profiles/demo.yaml').write_text('')
     assert quick('scale=1e-1', 'folder=123', 'kind=odd') == 0
     assert json.loads(Path('runs/demo/total/stage.json').read_text())['parameters'] == {
         'scale': .1, 'seed': 0, 'folder': '123', 'slow': False, 'lr': .1, 'chosen': {}}
@@ -177,7 +183,7 @@ def test_types_that_yaml_reads_otherwise(quick):
 
 
 def test_data_stands_for_a_folder(quick):
-    Path('profiles/demo.yaml').write_text('folder: set:$DATA/A\n')
+    Path('data/profiles/demo.yaml').write_text('folder: set:$DATA/A\n')
     def folder(): return json.loads(Path('runs/demo/total/stage.json').read_text())['parameters']['folder']
     assert quick('--data', 'some where', 'n=5') == 0  # options may stand before keys
     assert folder() == f'set:{Path.cwd()}/some where/A'
@@ -203,9 +209,13 @@ def test_a_stage_on_another_disk(quick):
 
 
 def test_what_is_waited_for(capsys):
-    with pipeline.watched('models', every=.3):
-        subprocess.run(['sleep', '1'])
-    assert 'models: nothing was computed for 0 s. What is waited for: sleep 1' in capsys.readouterr().err
+    done = threading.Event()
+    thread = threading.Thread(target=pipeline.watch, args=[done, .3])
+    thread.start()
+    subprocess.run(['sleep', '1'])
+    done.set()
+    thread.join()
+    assert 'Nothing was computed for 0 s. What is waited for: sleep 1' in capsys.readouterr().err
 
 
 def test_two_runs_in_one_folder(quick, capsys):
@@ -223,7 +233,7 @@ def test_failures_name_the_notebook_the_cell_and_the_remedy(mini, capsys):
     assert 'unlucky' in Path('runs/demo/notebooks/a_numbers.ipynb').read_text() and 'total' not in out
     assert mini('n=14') == 1
     assert "cell In [3]:\nKeyError: 'fourteen'\n" in capsys.readouterr().err
-    assert sorted(p.name for p in Path('runs/demo').iterdir()) == ['.lock', 'notebooks']  # nothing half-written
+    assert sorted(os.listdir('runs/demo')) == ['.lock', 'notebooks']  # nothing half-written
 
 
 def test_a_kernel_that_dies(mini, capsys):
@@ -242,13 +252,9 @@ def test_help_names_profiles_and_keys(mini, capsys):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_the_middle(mini, number):
     "Progress is shown on a terminal; Ctrl-C ends the kernel and its child, and leaves what is finished."
-    program = f'''import sys
-from pathlib import Path
-from pacl.app.pipeline import main
-sys.exit(main(['slow=true', '--runs', 'runs'], {STAGES}, Path('nbs').absolute(), Path('profiles').absolute()))'''
     terminal, side = pty.openpty()
-    run = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, stderr=side, text=True,
-                           env={**os.environ, 'PYTHONPATH': ':'.join(sys.path)})
+    program = f'{PROGRAM}sys.exit(main(["slow=true", "--runs", "runs"]))'
+    run = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, stderr=side, text=True)
     os.close(side)
     seen = b''
     while not re.search(r'steps [1-9]\d*/999', seen.decode(errors='ignore')): seen += os.read(terminal, 1000)
@@ -266,10 +272,6 @@ sys.exit(main(['slow=true', '--runs', 'runs'], {STAGES}, Path('nbs').absolute(),
         time.sleep(.1)
     else: pytest.fail('the child of the kernel is still there')
     assert sorted(p.name for p in Path('runs/demo').glob('[!.]*')) == ['notebooks', 'numbers', 'pid']
-
-
-ROOT = Path(__file__).parents[1]
-CELLS_OF = {stage: parameters_cell(ROOT / f'nbs/{name}.ipynb') for stage, name in pipeline.STAGES.items()}
 
 
 @pytest.mark.parametrize('name, notebook', pipeline.STAGES.items())
@@ -316,7 +318,7 @@ def no_network(tmp_path, monkeypatch):
 def test_nothing_is_there(no_network, monkeypatch, tmp_path):
     values, stages = profile('tumemo')
     expected = [*(f'README.md, `{name}`' for name in ('tumemo', 'fi', 'emotion-6', 'unbiasedemo', 'webemo', 'emotic', 'emotic', 'iaps')),
-                'timm/resnet50.a1_in1k', 'Yaxin/roberta-large-ernie2-skep-en', 'ViT-B-32/openai', 'README.md, `deepsentibank`',
+                'backbone: resnet50.a1_in1k', 'Yaxin/roberta-large-ernie2-skep-en', 'ViT-B-32/openai', 'README.md, `deepsentibank`',
                 'finiteautomata']
     for text, where in zip(whats_missing(values, stages), expected, strict=True):
         assert where in text and ('--data ROOT' in text or 'HF_HOME' in text), text

@@ -1,5 +1,6 @@
 "Stage folders: whole or not there, current or made again, and said why."
 import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -8,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from pacl.parts.stages import InputError, in_shards, is_litter, keep, kept_folder, listing, progress, read_record, stage, usual_mode
+from pacl.parts.stages import InputError, in_shards, is_litter, keep, kept_folder, link, listing, read_record, stage
 
 TOY = '''
 from pathlib import Path
@@ -52,7 +52,6 @@ def test_stage_json_says_what_the_folder_was_made_from(toy):
     record = read_record(toy.run_total(toy.run, scale=2.))
     assert record['parameters'] == {'scale': 2., 'seeds': [0, 1], 'alone': False}
     assert [*record['inputs'], *record['outputs'], *record['code']] == ['numbers', 'total.txt', 'toy.toys']
-    assert {'packages', 'device', 'seconds', 'result', 'stage'} <= set(record)
 
 
 def test_every_reason_is_said(toy):
@@ -103,7 +102,7 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path, error):
     run_here(tmp_path)
     with pytest.raises(error): run_here(tmp_path, fail=True)
     assert (tmp_path / 'here/x').read_text() == 'whole' and run_here.stale(tmp_path) is None
-    assert [p.name for p in tmp_path.iterdir()] == ['here']
+    assert os.listdir(tmp_path) == ['here']
 
 
 KILLED = '''
@@ -136,7 +135,7 @@ def test_kill_9_leaves_nothing_half_written(toy, old, moment, left):
     assert toy.run_numbers.stale(toy.run, n=7) is None
     assert (folder / 'deep/numbers.txt').read_text() == '0 2 4 6 8 10 12'
     toy.run_numbers(toy.run, n=8)
-    assert [p.name for p in toy.run.iterdir()] == ['numbers']
+    assert os.listdir(toy.run) == ['numbers']
 
 
 def test_an_output_folder_that_cannot_be_written(toy):
@@ -149,6 +148,7 @@ def test_an_output_folder_that_cannot_be_written(toy):
 @pytest.mark.parametrize('error, message', [
     (PermissionError(errno.EACCES, 'Permission denied'), 'permission denied. Mend that, or .*--runs'),
     (OSError(errno.ENOSPC, 'No space left on device'), 'no space left on device. Mend that'),
+    (OSError(errno.ENOLCK, 'No locks available'), 'no locks available. Mend that'),  # of some network drives
     (OSError('999 requested and 12 written'), 'no space left'),  # ndarray.tofile: no errno
     (RuntimeError('Error while serializing'), 'no space left'),  # safetensors: nor an OSError at all
 ])
@@ -161,7 +161,16 @@ def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch, error, message):
         with pytest.raises(type(error)): run_here(tmp_path, n=1)  # with space, it is the code's own
         monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(InputError, match=f'here: {message}'): run_here(tmp_path, n=1)
-    assert run_here.stale(tmp_path) is None and [p.name for p in tmp_path.iterdir()] == ['here']
+    assert run_here.stale(tmp_path) is None and os.listdir(tmp_path) == ['here']
+
+
+def test_what_cannot_be_linked_is_copied(tmp_path, monkeypatch):
+    (tmp_path / 'old').write_text('kept')
+    link(tmp_path / 'old', tmp_path / 'same')
+    monkeypatch.setattr(os, 'link', lambda *paths: os.rename('', ''))  # as from one disk to another: OSError
+    link(tmp_path / 'old', tmp_path / 'new')
+    assert (tmp_path / 'same').samefile(tmp_path / 'old') and not (tmp_path / 'new').samefile(tmp_path / 'old')
+    assert (tmp_path / 'new').read_text() == 'kept'
 
 
 def test_a_stage_folder_that_is_a_link_stays_one(toy):
@@ -171,22 +180,7 @@ def test_a_stage_folder_that_is_a_link_stays_one(toy):
     (toy.run / 'numbers').symlink_to(disk)
     for n in (2, 3): toy.run_numbers(toy.run, n=n)
     assert (toy.run / 'numbers').is_symlink() and (disk / 'deep/numbers.txt').read_text() == '0 2 4'
-    assert toy.run_numbers.stale(toy.run) is None and [p.name for p in disk.parent.iterdir()] == ['numbers']
-
-
-def test_progress_goes_to_the_file_that_the_pipeline_shows(tmp_path, monkeypatch, capsys):
-    list(progress(range(3), 'epochs'))
-    monkeypatch.setenv('PACL_PROGRESS', str(tmp_path / 'progress'))
-    assert list(progress(range(3), 'epochs')) == [0, 1, 2]
-    assert 'epochs 0/3' in (tmp_path / 'progress').read_text()
-    assert not capsys.readouterr().err  # of short work nothing: a notebook keeps what its looks print
-
-
-def test_import_is_light():
-    "So that the pipeline can tell in a moment that all is current."
-    code = 'import pacl.parts.stages, sys; print(*sys.modules)'
-    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.split()
-    assert 'pacl.parts.stages' in loaded and not {'torch', 'pandas', 'numpy', 'papermill'} & set(loaded)
+    assert toy.run_numbers.stale(toy.run) is None and os.listdir(disk.parent) == ['numbers']
 
 
 def test_a_folder_of_the_users_is_looked_at(tmp_path):
@@ -235,9 +229,3 @@ def test_pieces_are_kept_until_they_would_be_others(tmp_path):
     assert folder.exists()
     kept_folder(tmp_path, 'models', {'lr': 2})
     assert not folder.exists()
-
-
-def test_a_file_has_the_usual_mode(tmp_path):
-    with usual_mode(tmp_path / 'new') as path: save_file({'x': np.zeros(1)}, path)
-    (tmp_path / 'plain').touch()
-    assert path.stat().st_mode == (tmp_path / 'plain').stat().st_mode and load_file(path)['x'] == 0

@@ -27,7 +27,7 @@ def clean_scenes():
 
 def make(run):
     table, images = clean_scenes()
-    with write_stage(run / 'data', {'stage': 'data', 'parameters': {}}) as data:
+    with write_stage(run / 'data', {'parameters': {}}) as data:
         table.assign(id=[f'{i:05d}' for i in range(N)], image='x.png').to_csv(data / 'clean.csv', index=False)
         np.save(data / 'clean.npy', images)
     return run_standins(run, text_steps=2, evaluator_epochs=1)

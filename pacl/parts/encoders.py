@@ -7,6 +7,7 @@ __all__ = ['BACKBONES', 'TEXT_ENCODERS', 'SHARD', 'best_device', 'loading', 'loa
            'folders_given', 'read_by', 'text_encoder_of', 'gather', 'keep_early', 'run_features']
 
 # %% ../../nbs/parts/encoders.ipynb #005
+import copy
 import json
 import math
 import os
@@ -21,15 +22,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
+from torchvision.transforms import Resize
 
 from .data import load_set, load_tasks
 from .pictures import open_picture, upright_rgb
-from .stages import InputError, code_hashes, file_hashes, in_shards, kept_folder, listing
-from .stages import nearest, progress, read_record, stage, usual_mode
+from .stages import InputError, code_hashes, in_shards, input_digest, kept_folder
+from .stages import nearest, progress, read_record, stage
 
 # %% ../../nbs/parts/encoders.ipynb #007
 BACKBONES = {  # the paper's, as timm calls them
@@ -48,6 +49,9 @@ def loading(what: str, layout: str):
     "InputError with the remedy, for whatever a library raises."
     try:
         yield
+    except ModuleNotFoundError as error:
+        raise InputError(f'{what} needs the package {error.name}. Install what the demo is made of: '
+                         'pip install "pacl[reproduce]"') from error
     except Exception as error:
         from huggingface_hub import constants
         reason = ' '.join(str(error).split())[:300].rstrip('.') or type(error).__name__
@@ -70,32 +74,26 @@ def load_lite0() -> nn.Module:
 def load_backbone(
     name: str,   # of BACKBONES or timm; OWNER/NAME on the hub; or a folder, as `save_backbone` writes
     classifier: bool = False,  # leave it on
+    pretrained: bool = True,   # else with weights drawn at random
 ) -> nn.Module:  # images (N, 3, H, W) → features (N, num_features)
     "f_v of Fig. 4 with its pre-trained weights, in evaluation mode. Raises InputError where there are none."
     import timm
-    full = source = BACKBONES.get(name, name)
-    if Path(name).is_dir():
-        full = f'local-dir:{name}'
-    elif '/' in name:
-        full = f'hf-hub:{name}'
-    elif timm.is_model_pretrained(full):
-        source = timm.get_pretrained_cfg(full).hf_hub_id
-    else:
+    full = BACKBONES.get(name, name)
+    if '/' in name or Path(name).is_dir():
+        full = f'local-dir:{name}' if Path(name).is_dir() else f'hf-hub:{name}'
+    elif not timm.is_model_pretrained(full):
         near = nearest(name, [*BACKBONES, *timm.list_models(pretrained=True)])
         raise InputError(f'backbone={name}: no folder, and no model with weights that timm knows; {near}')
-    with loading(f'backbone: {source}', 'config.json and model.safetensors, as timm keeps them'):
+    with loading(f'backbone: {full}', 'config.json and model.safetensors, as timm keeps them'):
         lite0 = name == 'tf_efficientnet_lite0'
-        model = load_lite0() if lite0 else timm.create_model(full, pretrained=True)
+        model = load_lite0() if lite0 else timm.create_model(full, pretrained=pretrained)
     if not classifier:
         model.reset_classifier(0)
     return model.eval()
 
 # %% ../../nbs/parts/encoders.ipynb #016
-def split_backbone(
-    backbone: nn.Module,
-    trainable_stages: int,         # how many of the last stages learn; 0: all of it
-) -> tuple[nn.Module, nn.Module]:  # frozen, trainable; both share the backbone's weights
-    "trainable(frozen(x)) == backbone(x). Raises InputError where stages do not simply follow each other."
+def split_backbone(backbone: nn.Module, trainable_stages: int):  # how many of the last learn; 0: all of it
+    "→ frozen, trainable; trainable(frozen(x)) == backbone(x). Raises InputError where stages do not simply follow each other."
     from timm.models.efficientnet import EfficientNet
     if not trainable_stages:
         return nn.Identity(), backbone
@@ -108,10 +106,8 @@ def split_backbone(
     return nn.Sequential(*first), nn.Sequential(*last)
 
 # %% ../../nbs/parts/encoders.ipynb #019
-def to_input(
-    images: Tensor,       # (N, H, W, 3) uint8
-    backbone: nn.Module,  # a timm model: its own mean and standard deviation are used
-) -> Tensor:              # (N, 3, H, W) float32, on the device of `images`
+def to_input(images: Tensor, backbone: nn.Module) -> Tensor:  # (N, H, W, 3), 0–255 → (N, 3, H, W) float32
+    "Normalised as the timm model needs it."
     cfg = backbone.pretrained_cfg
     mean, std = torch.tensor([cfg['mean'], cfg['std']], device=images.device).view(2, 3, 1, 1)
     x = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
@@ -121,10 +117,7 @@ def id_keys(ids) -> np.ndarray:
     "What an id adds to a seed: an int, the same on every machine."
     return np.array([zlib.crc32(str(i).encode()) for i in ids])
 
-def augment(
-    x: Tensor,     # (N, 3, H, W)
-    seeds: list,   # (N) tuples of int, one for each picture
-) -> Tensor:       # the same shape
+def augment(x: Tensor, seeds: list) -> Tensor:  # (N, 3, H, W); a tuple of int for each
     "A crop of 75–100 % of the side at a random place, mirrored with chance ½, for each picture."
     draws = [np.random.default_rng(seed).random(4) for seed in seeds]
     side, right, down, mirror = np.array(draws).T
@@ -140,13 +133,13 @@ def augment(
 
 # %% ../../nbs/parts/encoders.ipynb #022
 def map_batches(compute, n: int, batch_size: int, desc: str, device: torch.device):
-    "Yields (start, compute(start)) in order, for a batch of n rows after the other; each in a thread of its own."
+    "Yields compute(start) in order, for a batch of n rows after the other; each in a thread of its own."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPool(threads if device.type == 'cpu' else 1) as pool:
             starts = range(0, n, batch_size)
-            yield from zip(starts, progress(pool.imap(compute, starts), desc, len(starts)))
+            yield from progress(pool.imap(compute, starts), desc, len(starts))
     finally:
         torch.set_num_threads(threads)
 
@@ -168,7 +161,7 @@ def run_frozen(
     def compute(start):
         rows = slice(start, start + batch_size)
         x = torch.from_numpy(np.array(inputs[rows])).to(device)
-        if backbone:
+        if x.dtype == torch.uint8:
             x = to_input(x, backbone)
         else:
             x = x.float().contiguous(memory_format=torch.channels_last)
@@ -176,16 +169,16 @@ def run_frozen(
             x = augment(x, seeds[rows])
         return module(x).cpu().numpy()
 
-    for start, y in map_batches(compute, len(inputs), batch_size, desc, device):
+    start = 0
+    for y in map_batches(compute, len(inputs), batch_size, desc, device):
         if out is None:
             out = np.empty((len(inputs), *y.shape[1:]), np.float32)
-        out[start:start + batch_size] = y
+        out[start:start + len(y)] = y
+        start += len(y)
     return out
 
 # %% ../../nbs/parts/encoders.ipynb #024
-def cosine(
-    done: float,  # share of all steps, [0, 1]
-) -> float:       # factor of the learning rate
+def cosine(done: float) -> float:  # share of all steps, [0, 1] → factor of the learning rate
     return (1 + math.cos(math.pi * done)) / 2
 
 def fit(
@@ -261,10 +254,7 @@ def load_text_encoder(
     return TextEncoder(model.eval(), tokenizer, means, min(max_length, positions))
 
 # %% ../../nbs/parts/encoders.ipynb #031
-def pool_tokens(
-    states: Tensor,  # (N, L, D) last hidden states
-    mask: Tensor,    # (N, L): 1, or 0 where the text has ended
-) -> Tensor:         # (N, D) their mean
+def pool_tokens(states: Tensor, mask: Tensor) -> Tensor:  # (N, L, D), (N, L) 1 | 0 → (N, D) mean
     return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 # %% ../../nbs/parts/encoders.ipynb #032
@@ -286,30 +276,21 @@ def encode_texts(encoder: TextEncoder, texts: list[str], batch_size: int = 64) -
         features = pool_tokens(states, batch['attention_mask']) if encoder.means else states[:, 0]
         return features.cpu().numpy()
 
-    features = [rows for _, rows in map_batches(compute, len(unique), batch_size, 'texts', device)]
+    features = np.concatenate([*map_batches(compute, len(unique), batch_size, 'texts', device)])
     row = {text: i for i, text in enumerate(unique)}
-    return np.concatenate(features)[[row[text] for text in texts]]
+    return features[[row[text] for text in texts]]
 
 # %% ../../nbs/parts/encoders.ipynb #035
-def save_backbone(
-    backbone: nn.Module,  # a timm model
-    folder: Path,         # model.safetensors and config.json are written to it
-    image_size: int,      # side of the pictures it learnt from, pixels
-) -> None:
-    "In timm's own key names and layout."
+def save_backbone(backbone: nn.Module, folder: Path, image_size: int):  # of the pictures it learnt from
+    "model.safetensors and config.json, in timm's own key names and layout."
+    from timm.models import save_for_hf
     folder.mkdir(parents=True, exist_ok=True)
-    with usual_mode(folder / 'model.safetensors') as path:
-        save_model(backbone, str(path))
-    cfg = backbone.pretrained_cfg
-    names = ('mean', 'std', 'interpolation', 'fixed_input_size', 'tag', 'license')
-    kept = {name: cfg[name] for name in names if cfg.get(name)}
-    # input_size: timm would scale the pictures to its default otherwise
-    kept |= {'input_size': [3, image_size, image_size], 'crop_pct': 1.0, 'crop_mode': 'squash', 'num_classes': 0}
-    arguments = backbone._model_args | {'num_classes': 0}
-    arguments.pop('pretrained_cfg', None)
-    config = {'architecture': cfg['architecture'], 'pretrained_cfg': kept,
-              'num_features': backbone.num_features, 'num_classes': 0, 'model_args': arguments}
-    (folder / 'config.json').write_text(json.dumps(config, indent=1))
+    plain = copy.deepcopy(backbone).to(memory_format=torch.contiguous_format)
+    # timm would scale the pictures to its default otherwise
+    pictures = {'input_size': (3, image_size, image_size), 'crop_pct': 1., 'crop_mode': 'squash'}
+    save_for_hf(plain, folder, safe_serialization=True, data_config=pictures)
+    # safetensors writes files that their owner alone may read
+    (folder / 'model.safetensors').chmod((folder / 'config.json').stat().st_mode)
 
 # %% ../../nbs/parts/encoders.ipynb #036
 class VisualEncoder(nn.Module):
@@ -334,8 +315,6 @@ def load(path: str | Path) -> VisualEncoder:
     return VisualEncoder(backbone, create_transform(**resolve_model_data_config(backbone))).eval()
 
 # %% ../../nbs/parts/encoders.ipynb #039
-SHARD = 8192  # posts
-
 def folders_given(parameters: dict) -> list:
     "Those parameters of the stage that are folders of the user's."
     names = parameters['backbone'], parameters['text_encoder']
@@ -352,33 +331,34 @@ def text_encoder_of(run: Path, parameters: dict = None) -> TextEncoder:
     return load_text_encoder(name, parameters['max_length'])
 
 # %% ../../nbs/parts/encoders.ipynb #041
+SHARD = 8192  # posts
+
 def gather(path: Path, parts: Path, rows, compute) -> None:
     "Writes the .npy of what `compute` makes of the rows; its shards, in `parts`, outlive a killed run."
-    def shard(start, stop):
-        return compute(rows[start:stop])
-
-    files = in_shards(parts / path.stem, len(rows), SHARD, lambda: shard, path.stem)
-    shards = [np.load(file, mmap_mode='r') for file in files]
-    np.save(path, np.concatenate(shards))
+    files = in_shards(parts / path.stem, len(rows), SHARD, lambda: lambda i, j: compute(rows[i:j]), path.stem)
+    np.save(path, np.concatenate([np.load(file, mmap_mode='r') for file in files]))
 
 # %% ../../nbs/parts/encoders.ipynb #042
-def keep_early(run: Path, out: Path, model: nn.Module, n_trainable: int, views: int, seed: int):
-    "early_*.npy, outputs of the frozen stages in float16, and image.npy, what follows from view 0."
+def keep_early(run: Path, out: Path, model: nn.Module, n_trainable: int, views: int, seed: int, train_size: int):
+    "early_*.npy, outputs of the frozen stages in float16, and image.npy, the features of the posts."
     frozen, trainable = split_backbone(model, n_trainable)
+    seen = nn.Sequential(Resize([train_size, train_size]), frozen) if train_size else frozen
     posts, images = load_set(run, 'posts')
-    shape = run_frozen(frozen, images[:1], 'shape', model).shape[1:]
 
-    def early(name, *n):
+    def early(name, module, *n):
+        shape = run_frozen(module, images[:1], 'shape', model).shape[1:]
         return np.lib.format.open_memmap(out / f'early_{name}.npy', 'w+', np.float16, (*n, *shape))
 
-    kept = early('posts', views, len(images))
+    kept = early('posts', seen, views, len(images))
     for k in range(views):
         seeds = [(seed, k, key) for key in id_keys(posts['id'])] if k else None
-        run_frozen(frozen, images, f'posts, view {k}', model, seeds, kept[k])
-    np.save(out / 'image.npy', run_frozen(trainable, kept[0], 'features'))
+        run_frozen(seen, images, f'posts, view {k}', model, seeds, kept[k])
+    if train_size: features = run_frozen(model, images, 'features', model)
+    else: features = run_frozen(trainable, kept[0], 'features')
+    np.save(out / 'image.npy', features)
     for name in load_tasks(run):
         _, images = load_set(run, name)
-        run_frozen(frozen, images, name, model, out=early(name, len(images)))
+        run_frozen(frozen, images, name, model, out=early(name, frozen, len(images)))
 
 # %% ../../nbs/parts/encoders.ipynb #043
 @stage('features', reads=read_by, outside=folders_given)
@@ -391,6 +371,7 @@ def run_features(
     max_length: int = 77,       # tokens of a text that are read
     trainable_stages: int = 2,  # how many of its last stages learn; 0: all of it
     views: int = 3,             # augmentations of each post's picture
+    train_size: int = 0,        # side of the pictures that frozen stages see in training, pixels; 0: as in data
     seed: int = 0,              # of the augmentations
 ) -> dict:
     posts, images = load_set(run, 'posts')
@@ -398,15 +379,17 @@ def run_features(
     side = model.pretrained_cfg['input_size'][-1]
     if model.pretrained_cfg.get('fixed_input_size') and images.shape[1] != side:
         raise InputError(f'image_size={images.shape[1]}, and {backbone} takes {side}. Set image_size={side}.')
+    if train_size and not trainable_stages:
+        raise InputError(f'train_size={train_size} is for a backbone that has frozen stages. Set trainable_stages.')
     given = dict(backbone=backbone, text_encoder=text_encoder, max_length=max_length)
     encoder = text_encoder_of(run, given)
     encoder.model.to(best_device())
-    inputs = [file_hashes(run / name) for name in read_by(given)]
-    inputs += [listing(folder) for folder in folders_given(given)]
+    places = [*read_by(given), *map(os.path.abspath, folders_given(given))]
+    inputs = [input_digest(run, place) for place in places]
     parts = kept_folder(run, 'features', [given, inputs, code_hashes('pacl.parts.encoders')])
     gather(out / 'text.npy', parts, posts['text'], lambda some: encode_texts(encoder, some))
     if trainable_stages:
-        keep_early(run, out, model, trainable_stages, views, seed)
+        keep_early(run, out, model, trainable_stages, views, seed, train_size)
     else:
         gather(out / 'image.npy', parts, images, lambda some: run_frozen(model, some, 'posts', model))
     shutil.rmtree(parts.parent)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['CAFFE', 'FACTUAL', 'PHRASES', 'WHOLE', 'resized', 'in_batches', 'load_open_clip', 'OpenClip', 'read_pairs',
-           'Detector', 'ClipPhrases', 'caffe_message', 'blob_array', 'caffenet', 'load_caffenet', 'SentiBank',
+           'Detector', 'ClipPhrases', 'caffe_message', 'blob_tensor', 'caffenet', 'load_caffenet', 'SentiBank',
            'ImageNetNames', 'rated_pictures', 'fit_valence', 'Valence', 'Phrases', 'kind_of', 'asked_of', 'load_judges',
            'evaluators_of']
 
@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +23,7 @@ from .readers import parse_source
 from .stages import InputError, read_record
 
 # %% ../../nbs/parts/judges.ipynb #006
-def resized(images: np.ndarray, size: tuple, mode: str, antialias: bool) -> Tensor:
+def resized(images: np.ndarray, size, mode: str, antialias: bool) -> Tensor:  # size: one side, or both
     "(N, H, W, 3) uint8 → (N, 3, *size) float, whole numbers in [0, 255]; on the GPU where there is one."
     x = torch.from_numpy(np.array(images)).to(best_device()).permute(0, 3, 1, 2).float()
     return F.interpolate(x, size, mode=mode, antialias=antialias).round().clamp(0, 255)
@@ -36,9 +35,8 @@ def in_batches(compute, rows) -> np.ndarray:
     return np.concatenate(batches)
 
 # %% ../../nbs/parts/judges.ipynb #008
-def load_open_clip(
-    name: str,   # open_clip:MODEL/WEIGHTS, where WEIGHTS may be a file; or open_clip:FOLDER
-) -> nn.Module:  # both towers, in evaluation mode; `name` is what open_clip finds its tokenizer by
+def load_open_clip(name: str) -> nn.Module:  # open_clip:MODEL/WEIGHTS, where WEIGHTS may be a file; or open_clip:FOLDER
+    "Both towers, in evaluation mode; its `name` is what open_clip finds its tokenizer by."
     import open_clip
     place = name.removeprefix('open_clip:')
     model, _, weights = place.partition('/')
@@ -63,11 +61,10 @@ class OpenClip:
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
         "(N, H, W, 3) uint8 → (N, D)"
-        from timm.layers import to_2tuple
         look = self.model.visual.preprocess_cfg
 
         def compute(some):
-            x = resized(some, to_2tuple(look['size']), look['interpolation'], antialias=True) / 255
+            x = resized(some, look['size'], look['interpolation'], antialias=True) / 255
             mean, std = x.new_tensor([look['mean'], look['std']]).view(2, 3, 1, 1)
             return self.model.encode_image((x - mean) / std, normalize=True)
 
@@ -75,7 +72,7 @@ class OpenClip:
             self.last = images, in_batches(compute, images)
         return self.last[1]
 
-    def embed_texts(self, texts: list[str]) -> np.ndarray:
+    def embed_texts(self, texts: list) -> np.ndarray:
         "N texts → (N, D)"
         def compute(some):
             tokens = self.tokenizer(list(some)).to(best_device())
@@ -83,7 +80,7 @@ class OpenClip:
         return in_batches(compute, texts)
 
 # %% ../../nbs/parts/judges.ipynb #013
-def read_pairs(path: str | Path) -> list[str]:  # 'adjective noun', in the file's order
+def read_pairs(path) -> list:  # 'adjective noun', in the file's order
     "From one adjective_noun a line; or from .json, a list of them. Raises InputError that names the file and the entry."
     path = Path(path).expanduser()
     try:
@@ -99,17 +96,15 @@ def read_pairs(path: str | Path) -> list[str]:  # 'adjective noun', in the file'
 
 # %% ../../nbs/parts/judges.ipynb #014
 class Detector:
-    "A of Eq. 2: which of `phrases` a picture's `responses` are highest for; of equals the first."
-    phrases: list[str]
-
-    def top_phrases(self, images: np.ndarray, k: int = 3) -> list[str]:  # N × 'adj noun, adj noun, …'
+    "A of Eq. 2: which of its `phrases` a picture's `responses` are highest for; of equals the first."
+    def top_phrases(self, images: np.ndarray, k: int = 3) -> list:  # N × 'adj noun, adj noun, …'
         best = np.argsort(-self.responses(images), axis=1, kind='stable')[:, :k]
         return [', '.join(row) for row in np.array(self.phrases)[best]]
 
 # %% ../../nbs/parts/judges.ipynb #015
 class ClipPhrases(Detector):
     "Zero-shot."
-    def __init__(self, clip, phrases: list[str]):  # of `read_pairs`
+    def __init__(self, clip, phrases: list):  # of `read_pairs`
         self.clip = clip
         self.phrases = phrases
         self.emb = clip.embed_texts([f'a photo of a {phrase}' for phrase in phrases])
@@ -141,20 +136,16 @@ def caffe_message(name: str):
     pool.Add(text_format.Parse(CAFFE, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f'caffe.{name}'))
 
-def blob_array(blob) -> np.ndarray:
-    "float32; the first of its four sides are 1 for a matrix and a bias. Raises ValueError where they do not agree."
-    return np.frombuffer(blob.data, '<f4').reshape(blob.num, blob.channels, blob.height, blob.width)
+def blob_tensor(blob) -> Tensor:
+    "float32, without the sides of 1 that a matrix and a bias begin with. Raises where sides and data do not agree."
+    array = np.frombuffer(blob.data, '<f4').reshape(blob.num, blob.channels, blob.height, blob.width)
+    return torch.tensor(array).squeeze()
 
 # %% ../../nbs/parts/judges.ipynb #022
-def caffenet(
-    x: Tensor,      # (N, 3, 227, 227), BGR minus the mean
-    weights: dict,  # {'conv1.weight': Tensor, 'conv1.bias': …}
-) -> Tensor:        # (N, classes) logits
-    def of(name):
-        return weights[f'{name}.weight'], weights[f'{name}.bias']
-
+def caffenet(x: Tensor, weights: dict) -> Tensor:  # {'conv1': [weight, bias], …}
+    "(N, 3, 227, 227), BGR minus the mean → (N, classes) logits."
     def conv(x, name, **how):
-        return F.conv2d(x, *of(name), **how).relu()
+        return F.conv2d(x, *weights[name], **how).relu()
 
     def pool(x):
         return F.max_pool2d(x, 3, 2, ceil_mode=True)
@@ -167,35 +158,33 @@ def caffenet(
     x = conv(x, 'conv3', padding=1)
     x = conv(x, 'conv4', padding=1, groups=2)
     x = pool(conv(x, 'conv5', padding=1, groups=2)).flatten(1)
-    x = F.linear(x, *of('fc6')).relu()
-    x = F.linear(x, *of('fc7')).relu()
-    return F.linear(x, *of('fc8-t'))
+    x = F.linear(x, *weights['fc6']).relu()
+    x = F.linear(x, *weights['fc7']).relu()
+    return F.linear(x, *weights['fc8-t'])
 
 # %% ../../nbs/parts/judges.ipynb #023
-def load_caffenet(folder: Path) -> dict:
-    "The release's weights, and as 'mean' the mean picture (3, 256, 256). Raises InputError that names the file."
+def load_caffenet(folder: Path) -> tuple:
+    "The mean picture (3, 256, 256), and the weights as `caffenet` takes them. Raises InputError that names the file."
+    device = best_device()
     path = folder / 'imagenet_mean.binaryproto'
     try:
-        mean = caffe_message('Blob').FromString(path.read_bytes())
-        weights = {'mean': torch.tensor(blob_array(mean).reshape(3, 256, 256))}
+        mean = blob_tensor(caffe_message('Blob').FromString(path.read_bytes())).reshape(3, 256, 256)
         path = folder / 'caffe_sentibank_train_iter_250000'
-        for layer in caffe_message('Net').FromString(path.read_bytes()).layers:
-            for kind, blob in zip(('weight', 'bias'), layer.blobs):
-                weights[f'{layer.name}.{kind}'] = torch.tensor(blob_array(blob)).squeeze()
-        caffenet(torch.zeros(1, 3, 227, 227), weights)  # all layers are there, and fit each other
+        layers = caffe_message('Net').FromString(path.read_bytes()).layers
+        weights = {layer.name: [blob_tensor(blob).to(device) for blob in layer.blobs] for layer in layers}
+        caffenet(torch.zeros(1, 3, 227, 227, device=device), weights)  # all layers are there, and fit each other
     except Exception as error:
-        raise InputError(f"{path}: not what DeepSentiBank's release holds ({error!r}). "
-                         'Copy it anew.') from error
-    return {name: value.to(best_device()) for name, value in weights.items()}
+        raise InputError(f"{path}: not what DeepSentiBank's release holds ({error!r}). Copy it anew.") from error
+    return mean.to(device), weights
 
 # %% ../../nbs/parts/judges.ipynb #024
 class SentiBank(Detector):
     "By the network that the paper used."
-    def __init__(self, folder: str | Path):  # the files of the release
+    def __init__(self, folder):  # the files of the release
         folder = Path(folder).expanduser()
         self.phrases = read_pairs(folder / 'classes.json')
-        self.weights = load_caffenet(folder)
-        outputs = len(self.weights['fc8-t.bias'])
+        self.mean, self.weights = load_caffenet(folder)
+        outputs = len(self.weights['fc8-t'][1])
         if outputs != len(self.phrases):
             raise InputError(f'{folder}/classes.json: {len(self.phrases)} pairs for {outputs} outputs. '
                              'Take both from the same release.')
@@ -203,7 +192,7 @@ class SentiBank(Detector):
     def responses(self, images: np.ndarray) -> np.ndarray:  # (N, pairs) logits
         def compute(some):
             x = resized(some, (256, 256), 'bilinear', antialias=False).flip(1)  # BGR
-            return caffenet((x - self.weights['mean'])[:, :, 14:241, 14:241], self.weights)
+            return caffenet((x - self.mean)[:, :, 14:241, 14:241], self.weights)
         return in_batches(compute, images)
 
 # %% ../../nbs/parts/judges.ipynb #028
@@ -221,28 +210,23 @@ class ImageNetNames:
                              "classifier of ImageNet's classes. Name such weights, or another judge.")
         name = ImageNetInfo(subset).index_to_description
         self.names = [name(k) for k in range(self.head.out_features)]
-        self.encoder = load_text_encoder('minilm')
-        self.encoder.model.to(best_device())
-        emb = self.encoder.embed_texts(self.names)
+        encoder = load_text_encoder('minilm')
+        encoder.model.to(best_device())
+        self.embed_texts = encoder.embed_texts  # N texts → (N, 384)
+        emb = self.embed_texts(self.names)
         self.emb = emb / np.linalg.norm(emb, axis=1, keepdims=True)
 
     @torch.inference_mode()
     def best_classes(self, features: np.ndarray) -> list:  # (N, D) → (N, 5) probabilities, classes
-        logits = self.head.cpu()(torch.from_numpy(np.array(features)))
-        return [best.numpy() for best in logits.softmax(1).topk(5)]
+        probabilities = self.head(torch.tensor(features)).softmax(1)
+        return [best.numpy() for best in probabilities.topk(5)]
 
     def embed_images(self, features: np.ndarray) -> np.ndarray:  # (N, D) → (N, 384)
         probabilities, classes = self.best_classes(features)
         return np.einsum('nk,nkd->nd', probabilities, self.emb[classes])
 
-    def embed_texts(self, texts: list[str]) -> np.ndarray:  # N texts → (N, 384)
-        return self.encoder.embed_texts(texts)
-
 # %% ../../nbs/parts/judges.ipynb #032
-def rated_pictures(
-    run: Path,    # the profile's folder: data/ is read
-    source: str,  # READER/TASK:FOLDER
-) -> tuple[pd.DataFrame, np.ndarray]:  # n rows with valence; (n, H, W, 3) uint8
+def rated_pictures(run: Path, source: str) -> tuple:  # READER/TASK:FOLDER → n rows with valence; (n, H, W, 3) uint8
     "Those of the split `train`. Raises InputError where there are too few, or no such ratings."
     reader, task, root = parse_source(source)
     asked = read_record(run / 'data')['parameters']
@@ -261,19 +245,15 @@ def rated_pictures(
     return table.iloc[rows], images[rows]
 
 # %% ../../nbs/parts/judges.ipynb #033
-def fit_valence(
-    features: np.ndarray,  # (n, D)
-    ratings: np.ndarray,   # (n,)
-    groups: np.ndarray,    # (n,): pictures of one group are never on both sides
-):  # -> scikit-learn's model; R² on groups that it had not seen
+def fit_valence(features: np.ndarray, ratings, groups):  # (n, D), (n,), (n,) → scikit-learn's pipeline
+    "Pictures of one group are never on both sides."
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     folds = GroupKFold(min(10, len(np.unique(groups)))).split(features, ratings, groups)
     ridge = RidgeCV(np.logspace(0, 6, 13), cv=list(folds), scoring='neg_mean_squared_error')
-    model = make_pipeline(StandardScaler(), ridge).fit(features, ratings)
-    return model, 1 + ridge.best_score_ / np.var(ratings)
+    return make_pipeline(StandardScaler(), ridge).fit(features, ratings)
 
 # %% ../../nbs/parts/judges.ipynb #034
 class Valence:
@@ -281,19 +261,20 @@ class Valence:
     reads = 'features'
 
     def __init__(self, run: Path, source: str):  # as for `rated_pictures`
-        from vader import SentimentIntensityAnalyzer
+        with loading('The judge valence', 'nothing'):
+            from vader import SentimentIntensityAnalyzer
         self.words = SentimentIntensityAnalyzer()
         table, images = rated_pictures(run, source)
         backbone = read_record(run / 'features')['parameters']['backbone']
         model = load_backbone(backbone).to(best_device())
         features = run_frozen(model, images, 'rated pictures', model)
         ratings = table['valence'].astype(float)
-        self.model, self.r2 = fit_valence(features, ratings, table.get('group', table['id']))
+        self.model = fit_valence(features, ratings, table.get('group', table['id']))
 
     def embed_images(self, features: np.ndarray) -> np.ndarray:  # (N, D) → (N, 1), as rated
         return self.model.predict(features)[:, None]
 
-    def embed_texts(self, texts: list[str]) -> np.ndarray:  # N → (N, 1) in [−1, 1]
+    def embed_texts(self, texts: list) -> np.ndarray:  # N → (N, 1) in [−1, 1]
         return np.array([[self.words.polarity_scores(text)['compound']] for text in texts])
 
 # %% ../../nbs/parts/judges.ipynb #038
@@ -301,12 +282,12 @@ class Phrases:
     "Eq. 2's: B(A) and B(T)."
     reads = 'images'
 
-    def __init__(self, detector, sentences):  # A: top_phrases(images, k); B: embed_texts(texts)
+    def __init__(self, detector, sentences):  # A: top_phrases(images); B: embed_texts(texts)
         self.detector = detector
         self.embed_texts = sentences.embed_texts
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:  # (N, H, W, 3) uint8 → (N, D)
-        return self.embed_texts(self.detector.top_phrases(images, k=3))
+        return self.embed_texts(self.detector.top_phrases(images))
 
 # %% ../../nbs/parts/judges.ipynb #039
 FACTUAL = 'standins', 'open_clip', 'imagenet', 'scores'
@@ -316,7 +297,7 @@ WHOLE = 'valence', 'scores'  # judge the text too, and need no `sentences`
 def kind_of(judge: str) -> str:  # 'valence:oasis:FOLDER' → 'valence'
     return judge.partition(':')[0]
 
-def asked_of(factual: str, phrases: str, sentences: str) -> list[str]:
+def asked_of(factual: str, phrases: str, sentences: str) -> list:
     "Those that are asked."
     return [factual, phrases] if kind_of(phrases) in WHOLE else [factual, phrases, sentences]
 
@@ -331,24 +312,21 @@ def load_judges(
         if kind_of(judge) not in kinds:
             raise InputError(f'{name} is "{judge}", expected one of {", ".join(kinds)}, with what '
                              'parts/judges says behind its colon')
+    seen, felt = kind_of(factual), kind_of(phrases)
+    if felt == 'clip-anp' and seen not in ('standins', 'open_clip'):
+        raise InputError(f'phrases={phrases} asks the CLIP that `factual` names, and factual is "{factual}"')
     path = phrases.partition(':')[2]
     judges = {}
     if 'standins' in asked_of(factual, phrases, sentences):
         from pacl.parts import standins
         clip, detector, sentiment = standins.load_evaluators(run / 'standins')
-    if kind_of(factual) == 'open_clip':
-        clip = OpenClip(factual)
-    if factual == 'imagenet':
-        clip = ImageNetNames(read_record(run / 'features')['parameters']['backbone'])
-    if kind_of(factual) != 'scores':
-        judges['factual'] = clip
-    if kind_of(phrases) == 'valence':
-        judges['emotional'] = Valence(run, path)
-    if kind_of(phrases) == 'clip-anp':
-        detector = ClipPhrases(clip, read_pairs(path))
-    if kind_of(phrases) == 'deepsentibank':
-        detector = SentiBank(path)
-    if kind_of(phrases) not in WHOLE:
+    if seen == 'open_clip': clip = OpenClip(factual)
+    if seen == 'imagenet': clip = ImageNetNames(read_record(run / 'features')['parameters']['backbone'])
+    if seen != 'scores': judges['factual'] = clip
+    if felt == 'valence': judges['emotional'] = Valence(run, path)
+    if felt == 'clip-anp': detector = ClipPhrases(clip, read_pairs(path))
+    if felt == 'deepsentibank': detector = SentiBank(path)
+    if felt not in WHOLE:
         if sentences != 'standins':
             sentiment = load_text_encoder(sentences)
             sentiment.model.to(best_device())
@@ -359,10 +337,10 @@ def load_judges(
 def evaluators_of(run: Path):  # -> (clip, detector of pairs)
     "Those that the partition stage asked, for other pictures. Raises InputError where it asked some that judge posts alone."
     parameters = read_record(run / 'partition')['parameters']
-    names = [parameters[name] for name in ('factual', 'phrases', 'sentences')]
-    if {*map(kind_of, names)} & {'imagenet', 'valence', 'scores'}:
+    names = {name: parameters[name] for name in ('factual', 'phrases', 'sentences')}
+    if {*map(kind_of, names.values())} & {'imagenet', *WHOLE}:
         raise InputError(
-            f'The partition of {run} was judged by {names[0]} and {names[1]}. Runs of the methods '
-            'clip, sentibank and feng need factual=open_clip:… and phrases=clip-anp:… or deepsentibank:…')
-    judges = load_judges(run, *names)
+            'The partition of {} was judged by {factual} and {phrases}. Runs of the methods clip, sentibank and feng '
+            'need factual=open_clip:… and phrases=clip-anp:… or deepsentibank:…'.format(run, **names))
+    judges = load_judges(run, **names)
     return judges['factual'], judges['emotional'].detector
