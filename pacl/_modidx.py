@@ -208,6 +208,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/pacl', 'doc_host': '', 'gi
                                      'pacl.parts.encoders.run_frozen': ('parts/encoders.html#run_frozen', 'pacl/parts/encoders.py'),
                                      'pacl.parts.encoders.save_backbone': ('parts/encoders.html#save_backbone', 'pacl/parts/encoders.py'),
                                      'pacl.parts.encoders.split_backbone': ('parts/encoders.html#split_backbone', 'pacl/parts/encoders.py'),
+                                     'pacl.parts.encoders.stage_input': ('parts/encoders.html#stage_input', 'pacl/parts/encoders.py'),
                                      'pacl.parts.encoders.text_encoder_of': ( 'parts/encoders.html#text_encoder_of',
                                                                               'pacl/parts/encoders.py'),
                                      'pacl.parts.encoders.to_input': ('parts/encoders.html#to_input', 'pacl/parts/encoders.py')},

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .baselines import PDANet, phrase_responses
 from .parts.data import drawn_splits, load_set, load_tasks
-from .parts.encoders import best_device, fit, load, load_backbone, split_backbone, text_encoder_of, to_input
+from .parts.encoders import best_device, fit, load, load_backbone, split_backbone, stage_input, text_encoder_of
 from .parts.judges import evaluators_of
 from .parts.readers import POLARITY, Task, folds_of
 from .parts.stages import (InputError, code_hashes, digest, file_hashes, keep, kept_folder,
@@ -128,9 +128,8 @@ def head_input(inputs, rows, backbone):  # → (…, D) float32, where the backb
     "Of features (N, D), if the backbone is None; of pictures; of its frozen stages' outputs (N, C, H, W)."
     x = torch.tensor(inputs[rows])
     if not backbone: return x.float()
-    x = x.to(next(backbone.parameters()).device)
-    if x.dtype == torch.uint8: return backbone(to_input(x, backbone))
-    return backbone(x.float().contiguous(memory_format=torch.channels_last))  # as the weights are
+    device = next(backbone.parameters()).device
+    return backbone(stage_input(x.to(device), backbone))
 
 @torch.no_grad()
 def extract(inputs, backbone, batch_size=64):  # → (N, D) float32; on a CPU larger batches are slower
@@ -374,8 +373,8 @@ def ridge_probe(
     return models[np.argmin(errors)].predict(test)
 
 # %% ../nbs/05_evaluate.ipynb #060
-def folded(run, name, folds):  # of a small set → of the set `name`
-    is_small = len(load_set(run, name)[0]) < 2000  # pictures
+def folded(run, name, table, folds):  # of a small set → of the set `name`, which has this table
+    is_small = len(table) < 2000  # pictures
     return folds if is_small and name in drawn_splits(run) else 0
 
 def must_vary(place, task, train, val):  # (n, L) targets, both
@@ -389,12 +388,13 @@ def must_vary(place, task, train, val):  # (n, L) targets, both
 def check_task(run, name, task, folds):
     "Raises InputError where the set `name` lacks a split, or its training pictures are of one class."
     table, _ = benchmark_inputs(run, name)
+    folds = folded(run, name, table, folds)
     if set(table['split']) < {'train', 'val', 'test'}:
         raise InputError(f'{run}/data/{name}.csv lacks train, val or test pictures. Give it some of each.')
+    targets = task.targets(table)
     for train, val, _ in turns_of(table, 'linear', folds):
         if not (len(train) and len(val)):
             raise InputError(f'{run}/data/{name}.csv has fewer groups than folds. Ask for fewer than {folds}.')
-        targets = task.targets(table)
         must_vary(f'{run}/data/{name}.csv', task, targets[train], targets[val])
 
 # %% ../nbs/05_evaluate.ipynb #062
@@ -451,7 +451,7 @@ def prediction_rows(table, task, predictions):  # of n pictures; (n, L) → leve
 def evaluate(run, job, tasks, *, probe_epochs, fine_tune_epochs, backbone_lr, folds, seed):
     "COLUMNS. {name: Task} of the set, levels too; settings of `run_evaluate`."
     table, inputs = benchmark_inputs(run, job.dataset)
-    folds = folded(run, job.dataset, folds)
+    folds = folded(run, job.dataset, table, folds)
     features = functools.cache(lambda: fixed_features(run, job))  # once, when they are first needed
 
     def answer(protocol, task, own_seed, train, val, asked):
@@ -507,7 +507,7 @@ def run_evaluate(
     jobs = jobs_of(run, tasks, [tuple(item.split('/')) for item in datasets or every])
     for name in tasks: tasks[name] = level_tasks(tasks[name]) | tasks[name]
     for name, task in {(job.dataset, task) for job in jobs for _, task, _ in job.asked}:
-        check_task(run, name, tasks[name][task], folded(run, name, folds))
+        check_task(run, name, tasks[name][task], folds)
     settings = dict(probe_epochs=probe_epochs, fine_tune_epochs=fine_tune_epochs,
                     backbone_lr=backbone_lr, folds=folds, seed=seed)
     read = [file_hashes(run / 'data'), file_hashes(run / 'features')]

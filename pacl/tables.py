@@ -21,7 +21,7 @@ from .parts.data import load_tasks
 from .parts.encoders import BACKBONES
 from .parts.readers import Task
 from .parts.stages import read_record, stage
-from .train import METHODS, read_runs
+from .train import ASIDE, METHODS, read_runs
 
 # %% ../nbs/07_tables.ipynb #007
 PAPER = Path(pacl.__file__).parents[1] / 'data' / 'paper'
@@ -186,16 +186,16 @@ def paper_tables(
     "Those of which two rows were run, or more."
     backbone = results['backbone'].iloc[0]
     like = backbone if backbone in BACKBONES else 'resnet50'
-    printed = {run for name in TABLES for run in read_paper(name)['run']}
-    own = [method.label for method in METHODS.values() if method.draws and method.label not in printed]
+    papers = {name: read_paper(name) for name in TABLES}
+    printed = {*pd.concat(papers)['run']}
+    trained = {method.label for method in METHODS.values() if method.draws}
     tables = []
-    for name in TABLES:
-        paper = read_paper(name)
+    for name, paper in papers.items():
         if name == 'table5':
             settings = 'PACL, ' + paper['sweep'] + ' ' + paper['setting']
             paper['run'] = settings.where(settings.isin(results['run']), paper['run'])
         if name == 'table4':  # a method of one's own stands there, too, without a number of the paper's
-            added = [label for label in own if label in set(results['run'])]
+            added = [run for run in results['run'].unique() if run in trained - printed]
             columns = paper.drop_duplicates(COLUMN).drop(columns='run').assign(paper=np.nan)
             paper = pd.concat([paper, columns.merge(Series(added, name='run', dtype=str), how='cross')])
         of_backbone = paper['paper_backbone'] == like
@@ -338,7 +338,7 @@ def asked_pairs(
     pairs: DataFrame,  # of `paper_pairs`
 ) -> list[tuple]:      # (a, b)
     "Each run with the one it builds on, PACL with each method, the paper's and those of `when`."
-    main = list(runs['run'][~runs['tables'].isin(['when', 'choice', 'look'])])
+    main = list(runs['run'][~runs['tables'].isin(['when', *ASIDE])])
     asked = [(run, builds_on(run, main)) for run in main]
     asked += [('PACL', run) for run in main if run in METHOD_LABELS and run != 'PACL']
     for table in (pairs, when_pairs(runs)):

@@ -129,6 +129,11 @@ def test_the_outputs_of_frozen_stages_are_kept(backbone, minilm, tmp_path):
     np.testing.assert_allclose(np.load(out / 'image.npy'), run_frozen(backbone, PICTURES, 'all', backbone), atol=1e-5)
 
 
+def test_a_missing_package_is_named():
+    with pytest.raises(InputError, match=r'needs the package vader.*pacl\[reproduce\]'), encoders.loading('The judge valence', ''):
+        raise ModuleNotFoundError(name='vader')
+
+
 def test_features_come_in_shards_that_a_killed_run_leaves(backbone, minilm, tmp_path, monkeypatch):
     make_data(tmp_path)
     monkeypatch.setattr(encoders, 'SHARD', 2)

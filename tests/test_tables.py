@@ -145,6 +145,8 @@ def test_a_test_stands_for_one_column_of_a_table(tmp_path):
     found = {name: set(rows['paper_test']) for name, rows in lines.groupby('table')}
     assert found == {'table1': {'FI/8'}, 'table4': {'UnbiasedEmo/6'}}  # and Table 1 not UnbiasedEmo too
     assert set(lines['paper_backbone']) == {'resnet50'}
+    more = paper_tables(results_of(tmp_path, made_up(SHARES | {'curriculum only': .6})))
+    assert more[~more['run'].isin(lines['run'])]['table'].unique().tolist() == ['table4']  # a method that the paper lacks
     vit = paper_tables(results.assign(backbone='vit_base'))
     assert vit.groupby('table')['paper_backbone'].unique().str.join('').to_dict() == {'table1': 'vit_base', 'table4': 'resnet50'}
 

@@ -203,9 +203,9 @@ def write_onnx(encoder: EmotionEncoder, path: Path):  # on the CPU; .onnx to wri
     shape = encoder.backbone.pretrained_cfg['input_size']
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
-    program: Any = torch.onnx.export(network, (x[:2],), path, input_names=['pictures'], output_names=names,
-                                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), dynamo=True,
-                                external_data=False, verbose=False)
+    program: Any = torch.onnx.export(
+        network, (x[:2],), path, input_names=['pictures'], output_names=names, dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), external_data=False, verbose=False)
     with torch.no_grad():
         torch.testing.assert_close(program(x), network(x), rtol=1e-3, atol=1e-3)
 

@@ -8,11 +8,9 @@ __all__ = ['WORLD', 'KINDS', 'PUBLISHED', 'in_post_order', 'DataSet', 'read_benc
 import argparse
 import csv
 import json
-import os
 import re
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +21,7 @@ import pandas as pd
 from . import readers
 from .pictures import copies, fingerprints, read_images, write_array
 from .readers import READERS, SHARES, Task, parse_source, read_table, reader_of, stop_at
-from .stages import InputError, stage
+from .stages import InputError, link, stage
 
 # %% ../../nbs/parts/data.ipynb #011
 def in_post_order(
@@ -117,8 +115,7 @@ def leaks(
 # %% ../../nbs/parts/data.ipynb #018
 def save_rows(file, images, rows):  # .npy to write; (N, H, W, 3) uint8, memory-mapped; those to keep
     if len(rows) == len(images):
-        with suppress(OSError):  # not to another disk: copied
-            return os.link(images.filename, file)
+        return link(images.filename, file)
     parts = (images[some] for some in np.split(rows, range(1024, len(rows), 1024)))
     write_array(file, (len(rows), *images.shape[1:]), parts)
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'TEXT_ENCODERS', 'SHARD', 'best_device', 'loading', 'load_lite0', 'load_backbone', 'split_backbone',
-           'to_input', 'id_keys', 'augment', 'map_batches', 'run_frozen', 'cosine', 'fit', 'TextEncoder',
+           'to_input', 'stage_input', 'id_keys', 'augment', 'map_batches', 'run_frozen', 'cosine', 'fit', 'TextEncoder',
            'load_text_encoder', 'pool_tokens', 'encode_texts', 'save_backbone', 'VisualEncoder', 'load',
            'folders_given', 'read_by', 'text_encoder_of', 'gather', 'keep_early', 'run_features']
 
@@ -113,6 +113,12 @@ def to_input(images: Tensor, backbone: nn.Module) -> Tensor:  # (N, H, W, 3), 0â
     x = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return (x / 255 - mean) / std
 
+def stage_input(x: Tensor, backbone: nn.Module) -> Tensor:
+    "Of pictures, (N, H, W, 3) uint8, what the backbone takes; of its frozen stages' outputs, (N, C, H, W), what the next takes."
+    if x.dtype == torch.uint8:
+        return to_input(x, backbone)
+    return x.float().contiguous(memory_format=torch.channels_last)  # as the weights are
+
 def id_keys(ids) -> np.ndarray:
     "What an id adds to a seed: an int, the same on every machine."
     return np.array([zlib.crc32(str(i).encode()) for i in ids])
@@ -160,11 +166,7 @@ def run_frozen(
     @torch.inference_mode()
     def compute(start):
         rows = slice(start, start + batch_size)
-        x = torch.from_numpy(np.array(inputs[rows])).to(device)
-        if x.dtype == torch.uint8:
-            x = to_input(x, backbone)
-        else:
-            x = x.float().contiguous(memory_format=torch.channels_last)
+        x = stage_input(torch.from_numpy(np.array(inputs[rows])).to(device), backbone)
         if seeds:
             x = augment(x, seeds[rows])
         return module(x).cpu().numpy()
