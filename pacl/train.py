@@ -548,8 +548,7 @@ def main(run, folder, *given):
     if processes:
         if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
-        dist.barrier()
-    if folder.suffix == '.json': folder.unlink(missing_ok=True)  # all processes are there
+
     posts = Posts(run)
     for name, config in configs.items(): train(posts, config, folder.with_name(name))
     if processes: dist.destroy_process_group()
@@ -612,19 +611,14 @@ def train_all(run: Path, jobs: dict, kept: Path, processes: int):  # {folder bel
     if not left: return
     progress([], f'starting {processes} processes that train', len(jobs), len(jobs) - len(left))
     file = kept / 'jobs.json'
-    file.write_text(json.dumps(left))  # it is there until all processes are
+    file.write_text(json.dumps(left))
     start = 'torch.distributed.run --standalone --nnodes=1 --local-addr=127.0.0.1'.split()
     command = [sys.executable, '-m', *start, f'--nproc_per_node={processes}', '-m', 'pacl.train',
                str(run), str(file)]
     environment = os.environ | {'PACL_PARENT': str(os.getpid())}
-    torchrun = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    while True:
-        try: errors = torchrun.communicate(timeout=60)[1]
-        except subprocess.TimeoutExpired:
-            if not file.exists(): continue
-            progress([], f'waiting for {processes} processes to find each other at 127.0.0.1', 1)
-        else: break
+    torchrun = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
     if torchrun.returncode:
+        errors = torchrun.stderr
         first = re.findall(r'^(?:\[rank\d+\]: )?[\w.]*Error: .*', errors, re.M)[:1]
         raise RuntimeError(f'Training stopped: {"".join(first)}\nFinished runs and checkpoints are '
                            f'kept, and the same command goes on.\n{errors[-3000:]}')

@@ -1,6 +1,6 @@
 """How time and memory grow with the posts and with the size of their pictures, stage by stage, and what much more would take.
 
-python tests/growth.py              300, 600, 1,200 posts at 96 px, 300 at 192: five minutes; data/measured/growth.json and .png
+python tests/growth.py              4,500, 9,000, 18,000 posts at 96 px, 4,500 at 192: 20 minutes; data/measured/growth.json and .png
 python tests/growth.py --table      200 thousand to 2 billion posts on 4 and 64 GPUs, from what was measured
 
 Evaluation and tables read no posts. Each stage is a process of its own; seconds of the processor, since other work may be beside it.
@@ -29,7 +29,7 @@ from pacl.train import enhance
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / 'data/measured'
 STAGES = ('world', 'data', 'standins', 'features', 'partition', 'clusters', 'models')
-SIZES = ((300, 96), (600, 96), (1200, 96), (300, 192))  # posts, side in pixels
+SIZES = ((4500, 96), (9000, 96), (18_000, 96), (4500, 192))  # posts, side in pixels
 
 
 def calls(run, posts, side):

@@ -237,7 +237,9 @@ def test_what_the_user_must_mend_is_exit_2(world, model, tmp_path, capsys):
                        (['enhance', 'p', 'o', 'epochz=3'], 'unknown setting "epochz"; nearest valid: epochs'),
                        (['features', str(model), 'x.png', '--out', str(world)], 'is a directory'),
                        (['export', str(model), str(world / 'photos/red.png/out')], 'red.png: file exists'),
-                       (['enhance', 'p', 'o'], 'clip-anp:LIST'), (['check', 'fi', str(tmp_path / 'none')], 'none is not a folder')):
+                       (['enhance', 'p', 'o'], 'clip-anp:LIST'),
+                       (['enhance', 'p', 'o', f'backbone={model}', 'factual=imagenet', 'phrases=clip-anp:x'], 'the CLIP that'),
+                       (['check', 'fi', str(tmp_path / 'none')], 'none is not a folder')):
         assert main(argv) == 2, argv
         out, err = capsys.readouterr()
         assert says in err and 'Traceback' not in err and not out, argv

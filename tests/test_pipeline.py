@@ -191,7 +191,7 @@ def test_data_stands_for_a_folder(quick):
 
 def test_what_is_missing_stops_a_run(quick, monkeypatch, capsys):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')  # as a dry run sets it
-    monkeypatch.setattr(pipeline, 'whats_missing', lambda settings, stages: ['FI.\n   → ask'] * ('total' in stages))
+    monkeypatch.setattr(pipeline, 'whats_missing', lambda settings, stages, packages: ['FI.\n   → ask'] * ('total' in stages))
     assert quick() == 2 and not Path('runs').exists()
     assert capsys.readouterr().err == '\n1. FI.\n   → ask\n\nMissing: 1. Nothing was run.\n'
     assert quick('stages=[numbers]') == 0
@@ -329,7 +329,7 @@ def test_nothing_is_there(no_network, monkeypatch, tmp_path):
     assert 'nearest valid: resnet50' in whats_missing(values, ['features'])[0]
     assert whats_missing(*profile('demo')) == []
     monkeypatch.setattr(pipeline.importlib.util, 'find_spec', lambda name: name != 'ipykernel')
-    kernel, = whats_missing({}, ['world'])
+    kernel, = whats_missing({}, [], ['ipykernel'])
     assert 'the package ipykernel' in kernel and 'pip install "pacl[reproduce]"' in kernel
 
 

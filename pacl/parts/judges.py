@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['CAFFE', 'FACTUAL', 'PHRASES', 'WHOLE', 'resized', 'in_batches', 'load_open_clip', 'OpenClip', 'read_pairs',
            'Detector', 'ClipPhrases', 'caffe_message', 'blob_tensor', 'caffenet', 'load_caffenet', 'SentiBank',
-           'ImageNetNames', 'rated_pictures', 'fit_valence', 'Valence', 'Phrases', 'kind_of', 'asked_of', 'load_judges',
-           'evaluators_of']
+           'ImageNetNames', 'rated_pictures', 'fit_valence', 'Valence', 'Phrases', 'kind_of', 'asked_of',
+           'check_judges', 'load_judges', 'evaluators_of']
 
 # %% ../../nbs/parts/judges.ipynb #004
 import json
@@ -301,6 +301,16 @@ def asked_of(factual: str, phrases: str, sentences: str) -> list:
     "Those that are asked."
     return [factual, phrases] if kind_of(phrases) in WHOLE else [factual, phrases, sentences]
 
+def check_judges(judges: list):  # of `asked_of`
+    "Raises InputError for a kind that is not known, and for two that do not go together."
+    factual, phrases, *_ = judges
+    for name, judge, kinds in (('factual', factual, FACTUAL), ('phrases', phrases, PHRASES)):
+        if kind_of(judge) not in kinds:
+            raise InputError(f'{name} is "{judge}", expected one of {", ".join(kinds)}, with what '
+                             'parts/judges says behind its colon')
+    if kind_of(phrases) == 'clip-anp' and kind_of(factual) not in ('standins', 'open_clip'):
+        raise InputError(f'phrases={phrases} asks the CLIP that `factual` names, and factual is "{factual}"')
+
 def load_judges(
     run: Path,       # the profile's folder: standins/, data/, features/ where a judge needs them
     factual: str,    # of FACTUAL
@@ -308,13 +318,8 @@ def load_judges(
     sentences: str,  # standins | a text encoder of parts/encoders
 ) -> dict:           # {'factual': judge, 'emotional': judge}; none for a file of scores
     "§3.1. Raises InputError for what is not known, and for what cannot be loaded."
-    for name, judge, kinds in (('factual', factual, FACTUAL), ('phrases', phrases, PHRASES)):
-        if kind_of(judge) not in kinds:
-            raise InputError(f'{name} is "{judge}", expected one of {", ".join(kinds)}, with what '
-                             'parts/judges says behind its colon')
+    check_judges([factual, phrases])
     seen, felt = kind_of(factual), kind_of(phrases)
-    if felt == 'clip-anp' and seen not in ('standins', 'open_clip'):
-        raise InputError(f'phrases={phrases} asks the CLIP that `factual` names, and factual is "{factual}"')
     path = phrases.partition(':')[2]
     judges = {}
     if 'standins' in asked_of(factual, phrases, sentences):
