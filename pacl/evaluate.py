@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .baselines import PDANet, phrase_responses
 from .parts.data import drawn_splits, load_set, load_tasks
-from .parts.encoders import best_device, fit, load, load_backbone, split_backbone, stage_input, text_encoder_of
+from .parts.encoders import best_device, fit, load_backbone, split_backbone, stage_input, text_encoder_of
 from .parts.judges import evaluators_of
 from .parts.readers import POLARITY, Task, folds_of
 from .parts.stages import (InputError, code_hashes, digest, file_hashes, keep, kept_folder,
@@ -403,8 +403,7 @@ BUILDING = threading.Lock()
 def learning_stages(run, model):  # a folder of models/; empty: the initial model
     "What `benchmark_inputs` goes through, on the GPU where there is one."
     facts = read_record(run / 'features')['parameters']
-    if model: backbone = load(run / 'models' / model).backbone
-    else: backbone = load_backbone(facts['backbone'])
+    backbone = load_backbone(str(run / 'models' / model) if model else facts['backbone'])
     stages = split_backbone(backbone, facts['trainable_stages'])[1].eval()
     return stages.to(best_device(), memory_format=torch.channels_last)
 

@@ -40,7 +40,7 @@ from .baselines import bag_of_words, pretrain, sentiment_guided_loss, sentiments
 from .cluster import cluster_features
 from .contrast import pacl_loss, similarities
 from .parts.data import in_post_order, load_set
-from .parts.encoders import VisualEncoder, augment, best_device, cosine, encode_texts, id_keys, load, load_backbone
+from .parts.encoders import augment, best_device, cosine, encode_texts, id_keys, load_backbone
 from .parts.encoders import load_text_encoder, save_backbone, split_backbone, stage_input, text_encoder_of
 from .parts.readers import read_table
 from .parts.stages import InputError, code_hashes, digest, figure, input_digest, keep, kept_folder
@@ -526,10 +526,10 @@ def enhance(
     run: str | Path,     # a profile's folder with data/, features/, partition/ and clusters/
     folder: str | Path,  # where the enhanced encoder goes: new or empty
     **settings,          # of TrainConfig
-) -> VisualEncoder:
+) -> nn.Module:          # f_v, as `load_backbone` gives it
     "Trains in this process. Raises InputError for a setting that does not exist."
     train(Posts(run), train_config(settings), Path(folder))
-    return load(folder)
+    return load_backbone(str(folder))
 
 def main(run, folder, *given):
     """python -m pacl.train RUN FOLDER [name=value …]

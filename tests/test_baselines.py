@@ -27,7 +27,7 @@ from pacl.baselines import (ORDERS, Heads, PDANet, as_map, bag_of_words, convert
                             luma_chroma, phrase_responses, pretrain, see, sentiment_guided_loss, sentiments, shuffle_tiles)
 from pacl.evaluate import train_head
 from pacl.parts import judges
-from pacl.parts.encoders import load, load_backbone, load_text_encoder, split_backbone
+from pacl.parts.encoders import load_backbone, load_text_encoder, split_backbone
 from pacl.parts.readers import single
 from pacl.parts.stages import InputError, write_stage
 from pacl.parts.standins import Evaluators
@@ -374,7 +374,7 @@ def test_what_is_left_loads_and_only_the_learning_stages_have_learnt(trained, ru
     assert record['method'] == 'feng' and record['steps'] == 3 and record['images_seen'] == 40
     assert list(log) == ['step', 'colour', 'resolution', 'scene', 'jigsaw', 'phrase', 'caption'] and np.isfinite(log).all(axis=None)
     assert log.loc[0, 'scene'] == pytest.approx(math.log(2), rel=1e-4)
-    assert load(trained).backbone.num_features == 1280
+    assert load_backbone(str(trained)).num_features == 1280
     before, after = load_backbone('tf_efficientnet_lite0').state_dict(), load_file(trained / 'model.safetensors')
     model = load_backbone('tf_efficientnet_lite0')
     learning = {id(p) for p in split_backbone(model, 2)[1].parameters()}

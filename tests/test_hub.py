@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import pacl
 import pytest
 import timm
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pacl.parts.encoders import (BACKBONES, TEXT_ENCODERS, encode_texts, load, load_backbone, load_text_encoder, run_frozen,
+from pacl.parts.encoders import (BACKBONES, TEXT_ENCODERS, encode_texts, load_backbone, load_text_encoder, run_frozen,
                                  save_backbone, to_input)
 from pacl.parts.stages import InputError
 
@@ -138,7 +139,7 @@ def test_a_backbone_is_timms(hub, tmp_path, monkeypatch, name):
     save_backbone(backbone, tmp_path / 'enhanced', 224)
     (tmp_path / 'plain').touch()  # others may read it, too
     assert (tmp_path / 'enhanced/model.safetensors').stat().st_mode == (tmp_path / 'plain').stat().st_mode
-    close(load(tmp_path / 'enhanced')(Image.fromarray(PICTURES[0])), features)
+    close(pacl.load(tmp_path / 'enhanced')(Image.fromarray(PICTURES[0])), features)
     assert {*load_file(tmp_path / 'enhanced/model.safetensors')} == {*theirs.state_dict()}
 
 

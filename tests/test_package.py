@@ -23,7 +23,7 @@ import pacl
 from pacl.app.pipeline import command_line as main
 from pacl.parts.readers import Task
 from pacl.parts.encoders import save_backbone
-from pacl.app.package import Head, fit_head, load
+from pacl.app.package import Head, fit_head, load, softening
 from pacl.parts.stages import InputError, read_record, write_stage
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +96,15 @@ def test_a_head_answers_what_its_task_asks():
     assert answer == pytest.approx({'awe': 1 / (1 + np.exp(-3)), 'fear': .5})
     rating = Task('regression', ('valence',))
     assert Head(rating, weight[:, :1], torch.tensor([5.]), {}).answers(x) == [{'valence': 8.}, {'valence': 5.}]
+
+
+@pytest.mark.parametrize('factor, found', [(4, 4), (.3, 1)])  # never made surer than they are
+def test_probabilities_are_as_sure_as_they_are_right(factor, found):
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(4000, 3)
+    labels = torch.distributions.Categorical(logits=logits).sample()[:, None].numpy()
+    task = Task('single-label', ('label',), (CLASSES,))
+    assert softening(task, factor * logits, labels) == pytest.approx(found, rel=.13)
 
 
 def test_predict(world, model, exported):

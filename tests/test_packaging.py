@@ -63,7 +63,7 @@ reveal_type(pacl.enhance('posts', 'out'))
 ''')
     command = [sys.executable, '-m', 'mypy', '--warn-unused-ignores', *PUBLIC, str(tmp_path / 'user.py')]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert said.returncode == 0 and 'Revealed type is "pacl.app.package.EmotionEncoder"' in said.stdout, said.stdout + said.stderr
+    assert said.returncode == 0 and 'Revealed type is "pacl.app.package.VisualEncoder"' in said.stdout, said.stdout + said.stderr
 
 
 def test_unknown_attribute_of_the_package():

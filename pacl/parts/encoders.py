@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'TEXT_ENCODERS', 'SHARD', 'best_device', 'loading', 'load_lite0', 'load_backbone', 'split_backbone',
            'to_input', 'stage_input', 'id_keys', 'augment', 'map_batches', 'run_frozen', 'cosine', 'fit', 'TextEncoder',
-           'load_text_encoder', 'pool_tokens', 'encode_texts', 'save_backbone', 'VisualEncoder', 'load',
-           'folders_given', 'read_by', 'text_encoder_of', 'gather', 'keep_early', 'run_features']
+           'load_text_encoder', 'pool_tokens', 'encode_texts', 'save_backbone', 'folders_given', 'read_by',
+           'text_encoder_of', 'gather', 'keep_early', 'run_features']
 
 # %% ../../nbs/parts/encoders.ipynb #005
 import copy
@@ -28,7 +28,6 @@ from torch.utils.data import default_collate
 from torchvision.transforms import Resize
 
 from .data import load_set, load_tasks
-from .pictures import open_picture, upright_rgb
 from .stages import InputError, code_hashes, in_shards, input_digest, kept_folder
 from .stages import nearest, progress, read_record, stage
 
@@ -294,29 +293,7 @@ def save_backbone(backbone: nn.Module, folder: Path, image_size: int):  # of the
     # safetensors writes files that their owner alone may read
     (folder / 'model.safetensors').chmod((folder / 'config.json').stat().st_mode)
 
-# %% ../../nbs/parts/encoders.ipynb #036
-class VisualEncoder(nn.Module):
-    "An enhanced encoder, ready for pictures: `encoder('cat.jpg')` or a list of paths or PIL images → (N, D) features."
-    def __init__(self, backbone: nn.Module, transform):  # a timm model; PIL image → (3, H, W)
-        super().__init__()
-        self.backbone = backbone
-        self.transform = transform
-
-    @torch.inference_mode()
-    def forward(self, images):
-        inputs = []
-        for image in images if isinstance(images, (list, tuple)) else [images]:
-            image = open_picture(image) if isinstance(image, (str, Path)) else upright_rgb(image)
-            inputs.append(self.transform(image))
-        return self.backbone(torch.stack(inputs).to(next(self.backbone.parameters()).device))
-
-def load(path: str | Path) -> VisualEncoder:
-    "From a folder that `save_backbone` wrote, or what else `load_backbone` takes."
-    from timm.data import create_transform, resolve_model_data_config
-    backbone = load_backbone(str(path))
-    return VisualEncoder(backbone, create_transform(**resolve_model_data_config(backbone))).eval()
-
-# %% ../../nbs/parts/encoders.ipynb #039
+# %% ../../nbs/parts/encoders.ipynb #037
 def folders_given(parameters: dict) -> list:
     "Those parameters of the stage that are folders of the user's."
     names = parameters['backbone'], parameters['text_encoder']
@@ -325,14 +302,14 @@ def folders_given(parameters: dict) -> list:
 def read_by(parameters: dict) -> tuple:
     return ('data',) if parameters['text_encoder'] else ('data', 'standins')
 
-# %% ../../nbs/parts/encoders.ipynb #040
+# %% ../../nbs/parts/encoders.ipynb #038
 def text_encoder_of(run: Path, parameters: dict = None) -> TextEncoder:
     "That of the features stage with these parameters; with those that it was run with, where none are given."
     parameters = parameters or read_record(run / 'features')['parameters']
     name = parameters['text_encoder'] or run / 'standins' / 'text_encoder'
     return load_text_encoder(name, parameters['max_length'])
 
-# %% ../../nbs/parts/encoders.ipynb #041
+# %% ../../nbs/parts/encoders.ipynb #039
 SHARD = 8192  # posts
 
 def gather(path: Path, parts: Path, rows, compute) -> None:
@@ -340,7 +317,7 @@ def gather(path: Path, parts: Path, rows, compute) -> None:
     files = in_shards(parts / path.stem, len(rows), SHARD, lambda: lambda i, j: compute(rows[i:j]), path.stem)
     np.save(path, np.concatenate([np.load(file, mmap_mode='r') for file in files]))
 
-# %% ../../nbs/parts/encoders.ipynb #042
+# %% ../../nbs/parts/encoders.ipynb #040
 def keep_early(run: Path, out: Path, model: nn.Module, n_trainable: int, views: int, seed: int, train_size: int):
     "early_*.npy, outputs of the frozen stages in float16, and image.npy, the features of the posts."
     frozen, trainable = split_backbone(model, n_trainable)
@@ -362,7 +339,7 @@ def keep_early(run: Path, out: Path, model: nn.Module, n_trainable: int, views: 
         _, images = load_set(run, name)
         run_frozen(frozen, images, name, model, out=early(name, frozen, len(images)))
 
-# %% ../../nbs/parts/encoders.ipynb #043
+# %% ../../nbs/parts/encoders.ipynb #041
 @stage('features', reads=read_by, outside=folders_given)
 def run_features(
     run: Path,                  # the profile's folder
