@@ -301,8 +301,8 @@ class Posts:
         self.settings = {}  # of these stages
         for record in records: self.settings |= record['parameters']
         self.early = None
-        if self.settings['trainable_stages']:  # in memory: batches pick single rows
-            self.early = np.load(self.run / 'features/early_posts.npy')
+        if self.settings['trainable_stages']:  # mapped: all processes share one copy in memory
+            self.early = np.load(self.run / 'features/early_posts.npy', mmap_mode='r')
 
     def partition(self, file: str = TrainConfig.partition) -> np.ndarray:
         return read_partition(self.run / file, self.ids)['partition'].to_numpy()
@@ -314,7 +314,7 @@ class Posts:
         return torch.tensor(table[CLUSTERS].to_numpy(int).T)
 
     def text(self, file: str = TrainConfig.text) -> Tensor:
-        return torch.from_numpy(np.load(self.run / file))
+        return torch.from_numpy(np.load(self.run / file, mmap_mode='c'))  # mapped; torch wants what could be written
 
 # %% ../nbs/04_train.ipynb #028
 @dataclass

@@ -92,6 +92,10 @@ def plot(rows, found):
         axes[1].semilogx(some['posts'], some['gib'], marker=marker)
     axes[0].set(xlabel='posts', ylabel='processor time (s)')
     axes[1].set(xlabel='posts', ylabel='memory beyond the start (GiB)')
+    sizes = [posts for posts, side in SIZES if side == 96]
+    for ax in axes:
+        ax.set_xticks(sizes, list(map('{:,}'.format, sizes)))
+        ax.xaxis.minorticks_off()
     fig.legend(loc='outside right center', frameon=False)
     return fig
 
@@ -111,7 +115,7 @@ def scale_table():
              'features of texts, a GPU': 15 / rate['MiniLM, 20 words, texts'],
              'k-means twice, a core': 2 / rate['k-means'], 'training, 4 GPUs': trained / 4, 'training, 64 GPUs': trained / 64}
     gigabytes = {'cache of pictures, disk': 150.5e-6, 'features of pictures, memory': 8.2e-6,
-                 'features of texts, memory of each process': 4.1e-6}
+                 'features of texts, memory of all processes together': 4.1e-6}
     columns = {}
     for posts in (2e5, 2e7, 2e9):
         lines = {what: f'{posts * seconds / 3600:,.1f} h' for what, seconds in hours.items()}
@@ -126,7 +130,6 @@ def main():
     if args.table: return print(scale_table().to_string())
     rows = measure()
     found = exponents(rows)
-    MEASURED.mkdir(exist_ok=True)
     record = {'rows': rows, 'exponents': found.to_dict('index')}
     (MEASURED / 'growth.json').write_text(json.dumps(record, indent=1))
     plot(rows, found).savefig(MEASURED / 'growth.png', dpi=110)

