@@ -72,7 +72,7 @@ def strong_masks(sim: Tensor) -> PairMasks:
 
 # %% ../nbs/03_contrast.ipynb #021
 def emotional_masks(sim: Tensor, factual_clusters: Tensor) -> PairMasks:
-    "Eq. 8: what another image or text shows of the facts is no negative."
+    "Eq. 8: a text that tells the facts of an image is no negative of it, nor the image of the text."
     own = own_pairs(sim)
     image_candidates = own | ~phi_f_inverse(sim, factual_clusters)
     text_candidates = own | ~phi_f(sim, factual_clusters)
@@ -80,7 +80,7 @@ def emotional_masks(sim: Tensor, factual_clusters: Tensor) -> PairMasks:
 
 # %% ../nbs/03_contrast.ipynb #022
 def factual_masks(sim: Tensor, emotional_clusters: Tensor) -> PairMasks:
-    "Eq. 11: what feels alike is no negative."
+    "Eq. 11: a text that feels like an image is no negative of it, nor the image of the text."
     own = own_pairs(sim)
     image_candidates = own | ~phi_e(sim, emotional_clusters)
     text_candidates = own | ~phi_e_inverse(sim, emotional_clusters)
@@ -92,8 +92,8 @@ def weak_masks(sim: Tensor, factual_clusters: Tensor, emotional_clusters: Tensor
     index = torch.arange(len(sim), device=sim.device)
     image_positives = sim.argmax(1)[:, None] == index  # Eq. 12
     text_positives = sim.argmax(0)[:, None] == index  # Eq. 13
-    image_dropped = phi_f_inverse(sim, factual_clusters) | phi_e(sim, emotional_clusters)  # Eq. 14
-    text_dropped = phi_f(sim, factual_clusters) | phi_e_inverse(sim, emotional_clusters)
+    image_dropped = phi_f_inverse(sim, factual_clusters) | phi_e(sim, emotional_clusters)  # Eq. 14, of images
+    text_dropped = phi_f(sim, factual_clusters) | phi_e_inverse(sim, emotional_clusters)  # Eq. 14, of texts
     return PairMasks(image_positives, image_positives | ~image_dropped,
                      text_positives, text_positives | ~text_dropped)
 
