@@ -133,7 +133,8 @@ def listed_runs(text_encoders=()):  # what $text_encoders stands for
             choices = {k: v if isinstance(v, list) else [v] for k, v in choices.items()}
             for name in [*choices, *choices['method'], *protocols]:
                 if name not in valid:
-                    raise InputError(f'{LIST}, {group}, {line}: unknown "{name}"; {nearest(str(name), valid)}')
+                    raise InputError(f'{LIST}, {group}, {line}: unknown "{name}"; {nearest(str(name), valid)}. '
+                                     'For a method that is new in 04_train, run nbdev_export first.')
             for values in itertools.product(*choices.values()):
                 yield group, Run(**dict(zip(choices, values))), protocols, seeds
 
@@ -253,7 +254,7 @@ def plan_steps(partition: np.ndarray, config: TrainConfig) -> list:  # (n,) name
         streams[loss] = endless_batches(rows, config.batch_size, rng)
     scale = 1
     if config.images:
-        natural = plan_steps(partition, replace(config, method='pacl', images=0))
+        natural = plan_steps(partition, replace(config, images=0))
         scale = config.images / count_images(natural)
     plan = []
     for epoch in range(config.epochs):

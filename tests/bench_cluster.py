@@ -1,9 +1,7 @@
 """k-means at TumEmo's size (§3.2): time, memory beyond the memory-mapped features, and inertia beside scikit-learn’s own ways.
 
-python tests/bench_cluster.py                                   200,000 × 2,048, r = 2 and 25: 12 minutes, 1.6 GB of disk
-python tests/bench_cluster.py --rows 30000                      a minute or two
+python tests/bench_cluster.py       200,000 × 2,048, r = 2 and 25: 10 minutes, 1.6 GB of disk
 """
-import argparse
 import tempfile
 import threading
 import time
@@ -12,16 +10,15 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import threadpoolctl
 from sklearn.cluster import KMeans, MiniBatchKMeans
+from threadpoolctl import threadpool_limits
 
 from pacl.cluster import cluster_features
 
 WAYS = {
     'all': 'KMeans, 10 starts on all rows',
     'mini': 'MiniBatchKMeans, 10 starts',
-    'pacl': 'cluster_features: 10 starts on 20,000 rows, then all',
-    'pacl2': 'the same with 2 threads'}
+    'pacl': 'cluster_features: 10 starts on 20,000 rows, then all'}
 
 
 def make_features(path, rows, dim):
@@ -46,13 +43,12 @@ def measure(path, way, r):
 
     def watch():
         while not done.wait(.02): peak[0] = max(peak[0], anonymous_memory())
-    limits, threads = threadpoolctl.threadpool_limits, 2 if way == 'pacl2' else 1
-    threadpoolctl.threadpool_limits = lambda n: limits(threads)  # cluster_features asks for one
     threading.Thread(target=watch).start()
     start = time.time()
-    if way.startswith('pacl'): labels = cluster_features(features, r)
+    if way == 'pacl': labels = cluster_features(features, r)
     else:
-        with limits(1): labels = (KMeans if way == 'all' else MiniBatchKMeans)(r, n_init=10, random_state=0).fit_predict(features)
+        learner = KMeans if way == 'all' else MiniBatchKMeans
+        with threadpool_limits(1): labels = learner(r, n_init=10, random_state=0).fit_predict(features)
     seconds = time.time() - start
     done.set()
     sizes = np.bincount(labels)
@@ -61,12 +57,9 @@ def measure(path, way, r):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rows', type=int, default=200_000, help='posts, > 20,000 to see the two steps')
-    rows = parser.parse_args().rows
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'features.npy'
-        make_features(path, rows, 2048)
+        make_features(path, 200_000, 2048)
         print(f'{"":54} {"r":>3} {"seconds":>8} {"GiB":>6} {"inertia":>12} {"smallest cluster":>17}', flush=True)
         for r in (2, 25):
             for way in WAYS:
