@@ -10,6 +10,7 @@ __all__ = ['ALL', 'EACH', 'THREE', 'FACTUAL', 'EMOTIONAL', 'METHODS', 'SYMBOLS',
            'run_train']
 
 # %% ../nbs/04_train.ipynb #004
+import contextlib
 import itertools
 import json
 import math
@@ -195,11 +196,14 @@ class TrainConfig:
     def __post_init__(self):
         for name, field in self.__dataclass_fields__.items():
             kind = type(field.default)
-            value = kind(getattr(self, name))  # of a command line, which reads 1e-3 as text
+            value = getattr(self, name)
+            with contextlib.suppress(ValueError, TypeError):
+                value = kind(value)  # of a command line, which reads 1e-3 as text
             setattr(self, name, value)
             if value not in CHOICES.get(name, [value]):
                 raise InputError(f'{name} is {value}, expected one of {", ".join(CHOICES[name])}')
-            if kind is not str and value != field.default and not 0 < value < math.inf:
+            is_number = isinstance(value, (int, float)) and (value == field.default or 0 < value < math.inf)
+            if kind is not str and not is_number:
                 raise InputError(f'{name} is {value}, expected {kind.__name__} such as {field.default}')
 
     @property

@@ -145,7 +145,7 @@ def test_posts_that_leak_are_left_out(tmp_path):
 @pytest.mark.parametrize('given, says', [
     ('shares [8,2]', 'shares: .* not three whole numbers'),
     ('benchmarks emoset6:/data', 'no data set "emoset6"; nearest valid: emoset'), ('benchmarks /data/FI', '"/data/FI" names no reader'),
-    ('benchmarks csv/x:{moods}', 'two values or more of x'), ('benchmarks fi:{moods}/none', 'none is not a folder'),
+    ('benchmarks csv/x:{moods}', 'no column x with two values'), ('benchmarks fi:{moods}/none', 'none is not a folder'),
     ('posts {moods}/none', 'none is not a folder'), ('posts csv:{moods}', 'pictures without texts')])
 def test_what_stops_a_run_is_named_and_the_old_data_stay(tmp_path, given, says):
     run, moods = make_world(tmp_path / 'run', posts=6), own_benchmark(tmp_path / 'moods')

@@ -188,7 +188,7 @@ def test_bertweet_reads_tweets(tmp_path):
     (load_backbone, 'vit_base', 'backbone: vit_base_patch16_224.augreg2_in21k_ft_in1k cannot be loaded: '
                                 '.* Give a folder with config.json and model.* its cache .*/hub .*HF_HOME'),
     (load_backbone, 'somebody/model', 'backbone: hf-hub:somebody/model cannot be loaded'),
-    (load_backbone, '/no/where', 'backbone: hf-hub:/no/where cannot be loaded'),
+    (load_backbone, '/no/where', 'backbone: /no/where cannot be loaded: there is no config.json'),
     (load_text_encoder, 'skep', 'text_encoder: Yaxin/roberta-large-ernie2-skep-en cannot be loaded'),
     (load_text_encoder, 'brt', 'a short name: minilm, skep, bert, roberta'),
 ])

@@ -195,7 +195,7 @@ def test_the_card_says_what_is_known(exported, model, tmp_path):
     again = pacl.export(exported, tmp_path / 'again')  # far from the run: what was known is handed on
     assert (again / 'README.md').read_text() == card
     shutil.copytree(model, tmp_path / 'alone', ignore=shutil.ignore_patterns('record.json'))
-    assert 'None of the encoder' in (pacl.export(tmp_path / 'alone', tmp_path / 'of alone') / 'README.md').read_text()
+    assert 'No results of this encoder' in (pacl.export(tmp_path / 'alone', tmp_path / 'of alone') / 'README.md').read_text()
 
 
 def test_where_an_export_may_go(model, exported, mine, tmp_path):
@@ -241,17 +241,23 @@ def test_predict_on_the_command_line(world, exported, tmp_path, capsys):
 
 
 def test_what_the_user_must_mend_is_exit_2(world, model, tmp_path, capsys):
-    for argv, says in ((['predict', str(model), 'x.png'], 'has no head'), (['predict', str(tmp_path), 'x.png'], 'cannot be loaded'),
+    (tmp_path / 'mine/data').mkdir(parents=True)
+    (tmp_path / 'mine/data/thesis.txt').write_text('of years')
+    given = f'backbone={model}', 'factual=imagenet'
+    for argv, says in ((['predict', str(model), 'x.png'], 'has no head'), (['predict', str(tmp_path), 'x.png'], 'there is no config.json'),
                        (['export', str(model), str(world)], 'no earlier export'), (['enhance', 'p', 'o', 'epochs'], 'name=value'),
                        (['enhance', 'p', 'o', 'epochz=3'], 'unknown setting "epochz"; nearest valid: epochs'),
                        (['features', str(model), 'x.png', '--out', str(world)], 'is a directory'),
                        (['export', str(model), str(world / 'photos/red.png/out')], 'red.png: file exists'),
                        (['enhance', 'p', 'o'], 'clip-anp:LIST'),
-                       (['enhance', 'p', 'o', f'backbone={model}', 'factual=imagenet', 'phrases=clip-anp:x'], 'the CLIP that'),
+                       (['enhance', 'p', 'o', *given, 'phrases=clip-anp:x'], 'the CLIP that'),
+                       (['enhance', 'p', 'o', *given, 'phrases=valence:x', 'batch_size=many'], 'batch_size is many, expected int'),
+                       (['enhance', 'p', str(tmp_path / 'mine'), *given, 'phrases=valence:x'], 'data holds files and no stage.json'),
                        (['check', 'fi', str(tmp_path / 'none')], 'none is not a folder')):
         assert main(argv) == 2, argv
         out, err = capsys.readouterr()
         assert says in err and 'Traceback' not in err and not out, argv
+    assert (tmp_path / 'mine/data/thesis.txt').read_text() == 'of years'
     for argv in ([], ['predikt']):
         with pytest.raises(SystemExit, match='2'): main(argv)
         assert 'COMMAND' in capsys.readouterr().err

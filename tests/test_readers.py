@@ -240,6 +240,11 @@ def test_ones_own_table_has_any_task(tmp_path, columns, rows, kind, targets):
     assert again.targets(read_table(tmp_path / 'kept.csv', ['id'])).tolist() == task.targets(found).tolist() == targets
 
 
+def test_a_column_called_valence_holds_ratings(tmp_path):
+    table(tmp_path, 'image,valence', lambda i: f'{i}.png,{i}', 3)
+    assert benchmark('csv', tmp_path, 'valence')[1] == Task('regression', ('valence',))
+
+
 def broken(maker, name, old, new):
     def make(root):
         root = maker(root) or root
@@ -286,12 +291,12 @@ MALFORMED = [  # name, task, maker, what the message says
     ('oasis', None, broken(oasis, 'OASIS.csv', 'I2,Red', 'I2,"Red'), ['OASIS.csv', 'EOF inside string', 'quoted']),
     ('mvsa-single', None, lambda root: two(root, 'B', 'A') or write(root, 'C/labelResultAll.txt', ''), ['may be B/', 'or C/']),
     ('csv', None, lambda root: [table(root / name) for name in 'ab'], ['2 files labels.csv in it and below']),
-    ('csv', None, lambda root: table(root, 'image,lable'), ['labels.csv: a task needs two values or more of label among id']),
+    ('csv', None, lambda root: table(root, 'image,lable'), ['labels.csv: there is no column label with two values']),
     ('csv', None, broken(table, 'labels.csv', '3.png,calm', '3.png,'), ['row 5 (id 3.png)', 'label is ""']),
-    ('csv', None, lambda root: table(root, 'image,label', lambda i: f'{i}.png,calm'), ['two values or more of label']),
+    ('csv', None, lambda root: table(root, 'image,label', lambda i: f'{i}.png,calm'), ['no column label with two values']),
     ('csv', 'vad', lambda root: table(root, 'image,valence', lambda i: f'{i}.png,{i if i else "inf"}'), ['valence is "inf"']),
     ('csv', None, lambda root: table(root, 'image,label,label', lambda i: f'{i}.png,1,2'), ['row 1: 2 columns "label"']),
-    ('folder', None, lambda root: pictures(root, 'images/a.jpg'), ['two values or more of label among id, image']),
+    ('folder', None, lambda root: pictures(root, 'images/a.jpg'), ['no column label with two values or more; the columns are id, image']),
     ('folder', None, lambda root: pictures(root, 'train/a/1.jpg', 'val/b/1.jpg'), ['too few pictures', 'for test. Add']),
     ('webdataset', None, lambda root: shard(root, 'a.tar.gz', []) or write(root, 'a.tar.gz', b'\x1f\x8b'), ['a.tar.gz', 'plain .tar']),
     ('webdataset', None, lambda root: shard(root, 'a.tar', [('1.jpg', PICTURE), ('1.JPG', PICTURE)]), ['(id 1)', 'a.tar/1.JPG']),

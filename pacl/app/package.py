@@ -25,7 +25,7 @@ from ..parts import encoders
 from ..parts.encoders import map_batches
 from ..parts.pictures import open_picture, upright_rgb
 from ..parts.readers import Files, Task, parse_source, why_missing
-from ..parts.stages import InputError, disk_errors, kept_folder, nearest, read_record, stage, write_stage
+from ..parts.stages import InputError, disk_errors, kept_folder, must_be_a_stages, nearest, read_record, stage, write_stage
 
 # %% ../../nbs/app/package.ipynb #005
 @dataclass
@@ -35,6 +35,11 @@ class Head:
     weight: Tensor  # (D, C), the outputs of all levels side by side
     bias: Tensor    # (C,)
     about: dict     # benchmark, pictures, scores
+
+    @property
+    def quality(self) -> str:  # in words: where it learnt, and how it did
+        words = '{metric} {value:.2f} [{ci_low:.2f}, {ci_high:.2f}] on {n} test pictures of {benchmark}'
+        return words.format(**self.about['scores'][0], benchmark=self.about['benchmark'])
 
     def __call__(self, features: Tensor) -> Tensor:  # (N, D) → (N, C): probabilities, or ratings
         outputs = features @ self.weight + self.bias
@@ -271,7 +276,8 @@ tags: [emotion, contrastive-learning, pacl]
 A visual encoder that learnt emotion from what people write beside their pictures
 ([arXiv 2511.17103](https://arxiv.org/abs/2511.17103)). `pacl.load("THIS FOLDER")` loads it, and so does
 `timm.create_model("local-dir:THIS FOLDER", pretrained=True, num_classes=0)`. Pictures are squashed
-to {side} pixels a side; features have {dim} numbers.
+to {side} pixels a side; features have {dim} numbers. model.onnx, where it is here, takes `pictures`
+(N, 3, {side}, {side}), normalised as config.json says, and gives `features`, and `head` where there is one.
 
 ## How it came to be
 {history}
@@ -294,7 +300,7 @@ def model_card(encoder: VisualEncoder, about: dict) -> str:  # of `origin` → m
     from pacl.tables import to_markdown
     cfg = encoder.backbone.pretrained_cfg
     history = [f'- {name}: {json.dumps(done)}' for name, done in about.items() if name != 'results']
-    results = ['None of the encoder were found beside it.']
+    results = ['No results of this encoder were found beside it.']
     if about.get('results'):
         table = to_markdown(pd.DataFrame(about['results']))
         results = ['On test pictures; intervals of 95 % over pictures, not runs.', table]
@@ -355,6 +361,7 @@ def enhance(
     from pacl.app.pipeline import whats_missing
     from pacl.cluster import run_cluster
     from pacl.parts.data import run_data
+    from pacl.parts.judges import WHOLE, kind_of
     from pacl.partition import run_partition
     from pacl.train import CODE, READS, Posts, TrainConfig, train
     run = Path(out)
@@ -369,12 +376,17 @@ def enhance(
         raise InputError('phrases: Eq. 2 needs adjective-noun pairs. Give phrases="clip-anp:LIST", a file '
                          'with one adjective_noun a line, or phrases="deepsentibank:FOLDER".')
     initial: Any = encoders.load_backbone(backbone)
-    kinds = {factual.partition(':')[0], phrases.partition(':')[0]}
-    scale = {'scale': 'rank', 'threshold': .53} if kinds & {'imagenet', 'valence'} else {}
+    kinds = {kind_of(factual), kind_of(phrases)}
+    usual = {'scale': 'rank', 'threshold': .53} if kinds & {'imagenet', 'valence'} else {}
+    usual['checkpointing'] = not torch.cuda.is_available()  # 256 pictures at once take 20 GB otherwise
+    if kind_of(phrases) in WHOLE:
+        sentences = ''
     side = initial.pretrained_cfg['input_size'][-1]
     given = dict(posts=str(posts), backbone=backbone, text_encoder=text, factual=factual, phrases=phrases,
-                 sentences=sentences, image_size=side, trainable_stages=0) | scale | settings
+                 sentences=sentences, image_size=side, trainable_stages=0) | usual | settings
     config = TrainConfig(**{name: value for name, value in given.items() if name in training})
+    for name in (*READS, 'model'):
+        must_be_a_stages(run / name)
     lacking = whats_missing(given | {'benchmarks': []}, ['data', 'features', 'partition'])
     if lacking:
         raise InputError('\n'.join(lacking))

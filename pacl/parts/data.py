@@ -246,7 +246,7 @@ def check(
 def main(
     argv: Sequence[str],  # check NAME ROOT …
 ) -> int:                 # 0: nothing to do, 1: findings
-    parser = argparse.ArgumentParser('pacl check', epilog='Example: pacl check fi /data/FI')
+    parser = argparse.ArgumentParser('pacl check', epilog='Example: pacl check fi /data/FI. What each folder holds: data/README.md')
     parser.add_argument('name', help=', '.join(READERS))
     parser.add_argument('root', type=Path, help='folder of the data set')
     parser.add_argument('--task', help='one of the tasks of the set; the first when left out')

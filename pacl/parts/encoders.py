@@ -78,8 +78,13 @@ def load_backbone(
     "f_v of Fig. 4 with its pre-trained weights, in evaluation mode. Raises InputError where there are none."
     import timm
     full = BACKBONES.get(name, name)
-    if '/' in name or Path(name).is_dir():
-        full = f'local-dir:{name}' if Path(name).is_dir() else f'hf-hub:{name}'
+    folder = Path(name)
+    is_place = folder.is_dir() or folder.is_absolute() or name.startswith('.')
+    if is_place and not (folder / 'config.json').is_file():
+        raise InputError(f'backbone: {name} cannot be loaded: there is no config.json. Give a folder with config.json '
+                         'and model.safetensors, such as models/pacl-s0 of a run, or model of what `pacl enhance` wrote.')
+    if '/' in name or is_place:
+        full = f'local-dir:{name}' if is_place else f'hf-hub:{name}'
     elif not timm.is_model_pretrained(full):
         near = nearest(name, [*BACKBONES, *timm.list_models(pretrained=True)])
         raise InputError(f'backbone={name}: no folder, and no model with weights that timm knows; {near}')

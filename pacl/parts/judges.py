@@ -9,6 +9,7 @@ __all__ = ['CAFFE', 'FACTUAL', 'PHRASES', 'WHOLE', 'resized', 'in_batches', 'loa
 # %% ../../nbs/parts/judges.ipynb #004
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,8 @@ class Valence:
         features = run_frozen(model, images, 'rated pictures', model)
         ratings = table['valence'].astype(float)
         self.model = fit_valence(features, ratings, table.get('group', table['id']))
+        r2 = 1 + self.model[-1].best_score_ / ratings.var(ddof=0)
+        print(f'The judge valence learnt from {len(ratings)} rated pictures; of those in other folds R² {r2:.2f}.', file=sys.stderr)
 
     def embed_images(self, features: np.ndarray) -> np.ndarray:  # (N, D) → (N, 1), as rated
         return self.model.predict(features)[:, None]

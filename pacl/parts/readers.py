@@ -414,9 +414,9 @@ def own_task(path, table, task):  # of class folders too; None: the first that i
             break
     for column in columns or [task or 'label']:
         if column not in table or table[column].nunique() < 2:
-            raise InputError(f'{path}: a task needs two values or more of {column} among {", ".join(table)}. '
-                             'Add them, name another column as the task, or a folder of class folders.')
-    if kind == 'vad':
+            raise InputError(f'{path}: there is no column {column} with two values or more; the columns are {", ".join(table)}. '
+                             'Add labels, name another column as the task, or give a folder with a folder for each class.')
+    if kind in ('vad', *VAD):
         return numbers(path, table, columns, -1e9, 1e9), rating(columns)
     if kind == 'labels':  # joy|awe
         cells = table['labels'].str.replace(r'\s*\|\s*', '|', regex=True)

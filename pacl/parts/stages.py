@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['DISK_ERRORS', 'LITTER', 'WHY', 'PACKAGES', 'InputError', 'nearest', 'disk_errors', 'is_litter', 'listing',
-           'hash_file', 'file_hashes', 'digest', 'code_hashes', 'plain', 'write_stage', 'read_record', 'input_digest',
-           'why_stale', 'surroundings', 'stage', 'link', 'kept_folder', 'keep', 'in_shards', 'progress', 'figure']
+           'hash_file', 'file_hashes', 'digest', 'code_hashes', 'plain', 'must_be_a_stages', 'write_stage',
+           'read_record', 'input_digest', 'why_stale', 'surroundings', 'stage', 'link', 'kept_folder', 'keep',
+           'in_shards', 'progress', 'figure']
 
 # %% ../../nbs/parts/stages.ipynb #004
 import ast
@@ -106,11 +107,18 @@ def code_hashes(*modules: str) -> dict:  # 'pacl.partition', … → {module: ha
 def plain(value):  # for json: NumPy's numbers as numbers, all else as text
     return value.item() if hasattr(value, 'item') else str(value)
 
+def must_be_a_stages(folder: Path):
+    "Raises InputError where it holds files that no stage wrote: they would be lost."
+    if listing(folder) and not read_record(folder):
+        raise InputError(f'{folder} holds files and no stage.json, so that no stage wrote them. '
+                         'Move them, or name another folder.')
+
 @contextmanager
 def write_stage(out: Path, record: dict):
     """Yields a folder to fill, which takes the place of `out` when the block ends without an error.
 
     `record` becomes its stage.json; the block may add to it. InputError for a disk that is full or cannot be written."""
+    must_be_a_stages(out)
     out = Path(os.path.realpath(out))  # a link to another disk stays one
     # a name of its own: what a killed run left working must not write in here
     new = out.with_name(f'.{out.name}.new-{os.getpid()}')
