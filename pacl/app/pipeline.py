@@ -492,6 +492,7 @@ def enhance(args) -> int:
         pacl enhance posts:MY/posts mine backbone=tf_efficientnet_lite0 text=minilm
         factual=imagenet phrases=valence:csv/valence:RATED (labels.csv: image, valence)
     judges: nbs/parts/judges.ipynb
+    memory: 9 GB on a CPU with these, at 224 pixels; less with a smaller batch_size
     settings, explained in data/profiles/own.yaml: image_size, trainable_stages, threshold, scale, n_clusters,
         epochs, batch_size, lr, projector_lr, temperature, dim, precision, checkpointing, seed"""
     from pacl.app import package
