@@ -494,7 +494,7 @@ def enhance(args) -> int:
     judges: nbs/parts/judges.ipynb
     memory: 9 GB on a CPU with these, at 224 pixels; less with a smaller batch_size
     settings, explained in data/profiles/own.yaml: image_size, trainable_stages, threshold, scale, n_clusters,
-        epochs, batch_size, lr, projector_lr, temperature, dim, precision, checkpointing, seed"""
+        epochs, batch_size, lr, projector_lr, temperature, checkpointing, seed"""
     from pacl.app import package
     settings = {}
     for item in args.given:
