@@ -174,6 +174,7 @@ def whats_missing(settings: dict, stages: list, packages=()) -> list[str]:  # of
                 look(name)
         except InputError as error:
             lacking.append(str(error))
+    logging.disable(logging.NOTSET)
     return [*dict.fromkeys(lacking)]
 
 # %% ../../nbs/app/pipeline.ipynb #024
