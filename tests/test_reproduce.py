@@ -154,7 +154,9 @@ def test_the_active_environment(clone, tmp_path):
 
 
 def test_ctrl_c_ends_pip(clone):
-    run = subprocess.Popen([clone.folder / 'reproduce.sh', 'setup'], env=clone.environment(FAKE_SLOW='600'), start_new_session=True)
+    def heed(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & is deaf to Ctrl-C, and so are its children
+    environment = clone.environment(FAKE_SLOW='600')
+    run = subprocess.Popen([clone.folder / 'reproduce.sh', 'setup'], env=environment, start_new_session=True, preexec_fn=heed)
     while not (clone.log.exists() and clone.asked('pip install')): time.sleep(.05)
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait(20) == 130
