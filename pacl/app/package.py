@@ -171,7 +171,8 @@ def softening(task: Task, outputs: Tensor, targets: np.ndarray) -> float:  # (n,
     "What the outputs are divided by, so that their probabilities cost least: 1 to 100 (Guo et al., ICML 2017)."
     from pacl.evaluate import head_loss
     candidates = torch.logspace(0, 2, 41).tolist()
-    costs = [head_loss(task, outputs / t, torch.tensor(targets)).item() for t in candidates]
+    labels = torch.tensor(targets)
+    costs = [head_loss(task, outputs / t, labels).item() for t in candidates]
     return candidates[np.argmin(costs)]
 
 def fit_head(encoder: VisualEncoder, benchmark: str) -> Head:  # NAME[/TASK]:FOLDER, as fi:/data/FI
@@ -208,7 +209,7 @@ def fit_head(encoder: VisualEncoder, benchmark: str) -> Head:  # NAME[/TASK]:FOL
         weight, bias = weight / divisor, bias / divisor
     return Head(task, weight, bias, about)
 
-# %% ../../nbs/app/package.ipynb #019
+# %% ../../nbs/app/package.ipynb #020
 class Deployed(nn.Module):
     "What the ONNX file computes."
     def __init__(self, encoder: VisualEncoder):
@@ -220,7 +221,7 @@ class Deployed(nn.Module):
         features = self.backbone(pictures)
         return (features, self.head(features)) if self.head else (features,)
 
-# %% ../../nbs/app/package.ipynb #020
+# %% ../../nbs/app/package.ipynb #021
 def write_onnx(encoder: VisualEncoder, path: Path):  # on the CPU; .onnx to write
     "For normalised pictures (N, 3, H, W). Raises AssertionError where onnxruntime differs."
     try:
@@ -239,7 +240,7 @@ def write_onnx(encoder: VisualEncoder, path: Path):  # on the CPU; .onnx to writ
     with torch.no_grad():
         torch.testing.assert_close(program(x), network(x), rtol=1e-3, atol=1e-3)
 
-# %% ../../nbs/app/package.ipynb #022
+# %% ../../nbs/app/package.ipynb #023
 def origin(folder: Path) -> dict:  # of a model: an export's, a run's models/NAME, or `enhance`'s
     "Settings, what the run's stages did, results: as far as they are known."
     from pacl.train import read_runs
@@ -264,7 +265,7 @@ def origin(folder: Path) -> dict:  # of a model: an export's, a run's models/NAM
     # tumemo:/data/TumEmo → tumemo:TumEmo, for it is handed on
     return json.loads(re.sub(r'(?<=[":])/[^"]*/', '', json.dumps(about)))
 
-# %% ../../nbs/app/package.ipynb #023
+# %% ../../nbs/app/package.ipynb #024
 CARD = '''---
 license: {license}
 library_name: timm
@@ -294,7 +295,7 @@ The weights began as `{base}` (licence: {license}). The terms of text encoder, p
 may bind what was trained. The demo's pictures are OpenMoji's, CC BY-SA 4.0. Code: `pacl`, Apache-2.0.
 '''
 
-# %% ../../nbs/app/package.ipynb #024
+# %% ../../nbs/app/package.ipynb #025
 def model_card(encoder: VisualEncoder, about: dict) -> str:  # of `origin` → markdown, as the hubs read it
     "What is known of a model, and what it is not for."
     from pacl.tables import to_markdown
@@ -311,7 +312,7 @@ def model_card(encoder: VisualEncoder, about: dict) -> str:  # of `origin` → m
     return CARD.format(base=cfg['architecture'], license=cfg.get('license') or 'other', side=cfg['input_size'][-1],
                        dim=encoder.backbone.num_features, history='\n'.join(history), results='\n\n'.join(results))
 
-# %% ../../nbs/app/package.ipynb #025
+# %% ../../nbs/app/package.ipynb #026
 def export(
     model: str | Path,  # a model's folder
     out: str | Path,    # new, empty, or an earlier export
@@ -343,7 +344,7 @@ def export(
         (new / 'README.md').write_text(model_card(encoder, about), encoding='utf-8')
     return out
 
-# %% ../../nbs/app/package.ipynb #028
+# %% ../../nbs/app/package.ipynb #029
 def enhance(
     posts: str | Path,           # NAME:FOLDER, or a FOLDER with posts.csv (id, image, text)
     out: str | Path,             # a folder for all stages; the encoder comes to out/model
@@ -375,7 +376,7 @@ def enhance(
     if not phrases:
         raise InputError('phrases: Eq. 2 needs adjective-noun pairs. Give phrases="clip-anp:LIST", a file '
                          'with one adjective_noun a line, or phrases="deepsentibank:FOLDER".')
-    initial: Any = encoders.load_backbone(backbone)
+    initial: Any = encoders.load_backbone(backbone, pretrained=False)  # for its size alone
     kinds = {kind_of(factual), kind_of(phrases)}
     usual = {'scale': 'rank', 'threshold': .53} if kinds & {'imagenet', 'valence'} else {}
     usual['checkpointing'] = not torch.cuda.is_available()  # 256 pictures at once take 20 GB otherwise

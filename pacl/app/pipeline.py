@@ -14,7 +14,6 @@ import ast
 import contextlib
 import datetime
 import fcntl
-
 import importlib.util
 import inspect
 import json
@@ -481,9 +480,8 @@ def export(args) -> int:
     example: pacl export runs/demo/models/pacl-s0 emotions --head csv/label:runs/demo/world/new"""
     from pacl.app import package
     print(package.export(args.model, args.out, head=args.head, onnx=args.onnx))
-    head = package.load(args.out).head
-    if args.head and head:
-        print(f'The head: {head.quality}.', file=sys.stderr)
+    if args.head:
+        print(f'The head: {package.load(args.out).needed_head().quality}.', file=sys.stderr)
     return 0
 
 def enhance(args) -> int:
