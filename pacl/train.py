@@ -2,12 +2,8 @@
 
 # %% auto #0
 __all__ = ['ALL', 'EACH', 'THREE', 'FACTUAL', 'EMOTIONAL', 'METHODS', 'SYMBOLS', 'LIST', 'TRUE', 'ASIDE', 'RATES', 'PROTOCOLS',
-           'CHOICES', 'READS', 'CLUSTERS', 'CODE', 'Method', 'Run', 'listed_runs', 'asked_runs', 'read_runs',
-           'TrainConfig', 'active_partitions', 'Batch', 'Step', 'count_images', 'endless_batches', 'plan_steps',
-           'own_rows', 'gather_rows', 'Posts', 'Pictures', 'Towers', 'adamw', 'step_losses', 'must_be_finite',
-           'save_checkpoint', 'load_checkpoint', 'save_run', 'trained_before', 'train', 'plot_losses', 'end_with',
-           'train_config', 'enhance', 'main', 'draw_texts', 'changed_text', 'write_posts', 'changed_files', 'train_all',
-           'run_train']
+           'CHOICES', 'CODE', 'Method', 'Run', 'listed_runs', 'asked_runs', 'read_runs', 'TrainConfig',
+           'active_partitions', 'plan_steps', 'train', 'plot_losses', 'train_config', 'enhance', 'main', 'run_train']
 
 # %% ../nbs/04_train.ipynb #004
 import contextlib
