@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .baselines import PDANet, phrase_responses
-from .parts.data import drawn_splits, load_set, load_tasks
+from .parts.data import load_set, load_tasks
 from .parts.encoders import best_device, fit, load_backbone, split_backbone, stage_input, text_encoder_of
 from .parts.judges import evaluators_of
 from .parts.readers import POLARITY, Task, folds_of
@@ -373,9 +373,9 @@ def ridge_probe(
     return models[np.argmin(errors)].predict(test)
 
 # %% ../nbs/05_evaluate.ipynb #060
-def folded(run, name, table, folds):  # of a small set → of the set `name`, which has this table
+def folded(task, table, folds):  # of a small set whose split was drawn → of this set
     is_small = len(table) < 2000  # pictures
-    return folds if is_small and name in drawn_splits(run) else 0
+    return folds if is_small and task.drawn else 0
 
 def must_vary(place, task, train, val):  # (n, L) targets, both
     "Raises InputError where nothing can be learnt, or no epoch chosen: classes that all have, or all lack, cannot be ranked."
@@ -388,7 +388,7 @@ def must_vary(place, task, train, val):  # (n, L) targets, both
 def check_task(run, name, task, folds):
     "Raises InputError where the set `name` lacks a split, or its training pictures are of one class."
     table, _ = benchmark_inputs(run, name)
-    folds = folded(run, name, table, folds)
+    folds = folded(task, table, folds)
     if set(table['split']) < {'train', 'val', 'test'}:
         raise InputError(f'{run}/data/{name}.csv lacks train, val or test pictures. Give it some of each.')
     targets = task.targets(table)
@@ -450,7 +450,6 @@ def prediction_rows(table, task, predictions):  # of n pictures; (n, L) → leve
 def evaluate(run, job, tasks, *, probe_epochs, fine_tune_epochs, backbone_lr, folds, seed):
     "COLUMNS. {name: Task} of the set, levels too; settings of `run_evaluate`."
     table, inputs = benchmark_inputs(run, job.dataset)
-    folds = folded(run, job.dataset, table, folds)
     features = functools.cache(lambda: fixed_features(run, job))  # once, when they are first needed
 
     def answer(protocol, task, own_seed, train, val, asked):
@@ -461,7 +460,8 @@ def evaluate(run, job, tasks, *, probe_epochs, fine_tune_epochs, backbone_lr, fo
             y[train] = y[np.random.default_rng(order).permutation(train)]
         def given(x): return (x[train], y[train]), (x[val], y[val]), x[asked]
         if protocol in LINEAR:
-            if folds and task.kind == 'regression': return {protocol: ridge_probe(*given(features()))}
+            if task.kind == 'regression' and folded(task, table, folds):
+                return {protocol: ridge_probe(*given(features()))}
             return {protocol: linear_probe(*given(features()), task, epochs=probe_epochs, seed=order)}
         with BUILDING:
             backbone = learning_stages(run, job.folder)
@@ -474,7 +474,7 @@ def evaluate(run, job, tasks, *, probe_epochs, fine_tune_epochs, backbone_lr, fo
     tables = []
     for protocol, name, own_seed in job.asked:
         label = f'{job.run} + PDANet' if protocol == 'pdanet' else job.run
-        for rows in turns_of(table, protocol, folds):
+        for rows in turns_of(table, protocol, folded(tasks[name], table, folds)):
             answers = answer(protocol, tasks[name], own_seed, *rows)
             for written, predictions in answers.items():
                 answered = prediction_rows(table.iloc[rows[-1]], tasks[name], predictions)

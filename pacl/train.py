@@ -6,7 +6,6 @@ __all__ = ['ALL', 'EACH', 'THREE', 'FACTUAL', 'EMOTIONAL', 'METHODS', 'SYMBOLS',
            'active_partitions', 'plan_steps', 'train', 'plot_losses', 'train_config', 'enhance', 'main', 'run_train']
 
 # %% ../nbs/04_train.ipynb #004
-import contextlib
 import itertools
 import json
 import math
@@ -40,8 +39,8 @@ from .parts.data import in_post_order, load_set
 from .parts.encoders import augment, best_device, cosine, encode_texts, id_keys, load_backbone
 from .parts.encoders import load_text_encoder, save_backbone, split_backbone, stage_input, text_encoder_of
 from .parts.readers import read_table
-from .parts.stages import InputError, code_hashes, digest, figure, input_digest, keep, kept_folder
-from .parts.stages import link, nearest, progress, read_record, stage
+from .parts.stages import InputError, code_hashes, converted, digest, figure, input_digest, keep
+from .parts.stages import kept_folder, link, nearest, progress, read_record, stage
 from .parts.world import draw_pairs, write_text
 from .partition import LOOKS, PARTITIONS, assign_partition, read_partition
 
@@ -191,16 +190,10 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, field in self.__dataclass_fields__.items():
-            kind = type(field.default)
-            value = getattr(self, name)
-            with contextlib.suppress(ValueError, TypeError):
-                value = kind(value)  # of a command line, which reads 1e-3 as text
+            value = converted(name, getattr(self, name), field.default)
             setattr(self, name, value)
             if value not in CHOICES.get(name, [value]):
                 raise InputError(f'{name} is {value}, expected one of {", ".join(CHOICES[name])}')
-            is_number = isinstance(value, (int, float)) and (value == field.default or 0 < value < math.inf)
-            if kind is not str and not is_number:
-                raise InputError(f'{name} is {value}, expected {kind.__name__} such as {field.default}')
 
     @property
     def origin(self) -> dict:  # what makes the numbers; the others may change on the way

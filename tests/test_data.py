@@ -8,7 +8,7 @@ import test_readers
 from PIL import Image
 from test_pictures import TILES
 
-from pacl.parts.data import check, drawn_splits, load_set, load_tasks, main, run_data
+from pacl.parts.data import check, load_set, load_tasks, main, run_data
 from pacl.parts.stages import InputError, read_record, write_stage
 
 COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255)}
@@ -137,7 +137,8 @@ def test_posts_that_leak_are_left_out(tmp_path):
     assert run_data.stale(run, **given) == f'{moods} changed'
     drawn = own_benchmark(tmp_path / 'drawn', 'id image label')
     run_data(run, **given | dict(benchmarks=[f'csv:{drawn}', f'csv/label:{moods}'], shares=[1, 1, 1]))
-    assert drawn_splits(run) == ['csv'] and load_set(run, 'csv')[0]['split'].value_counts().to_dict() == {'train': 3, 'val': 3, 'test': 3}
+    assert {name: task.drawn for name, tasks in load_tasks(run).items() for task in tasks.values()} == {'csv': True, 'csv-label': False}
+    assert load_set(run, 'csv')[0]['split'].value_counts().to_dict() == {'train': 3, 'val': 3, 'test': 3}
     own_posts(own, {'a': TILES[6]})
     with pytest.raises(InputError, match='All posts are pictures'): run_data(run, **given)
 

@@ -437,7 +437,7 @@ def test_folds_are_a_loop_over_the_groups(evaluated, tmp_path):
     table['image'], table['group'] = table['id'], [f'theme {i % 37}' for i in range(len(table))]
     table.to_csv(run / 'data/new.csv', index=False)
     told = (run / 'data/tasks.json').read_text()
-    (run / 'data/tasks.json').write_text(told.replace('"kind"', '"drawn": true, "kind"', 1))  # of new/label
+    (run / 'data/tasks.json').write_text(told.replace('"drawn": false', '"drawn": true', 1))  # of new/label
     run_evaluate(run, **EPOCHS | {'datasets': ['new/label'], 'folds': 4})
     found, y = read(run).set_index('id'), LABEL.targets(table)
     x = extract(np.load(run / 'features/early_new.npy'), evaluate.learning_stages(run, 'pacl-s1')).numpy()

@@ -251,7 +251,7 @@ def test_what_the_user_must_mend_is_exit_2(world, model, tmp_path, capsys):
                        (['export', str(model), str(world / 'photos/red.png/out')], 'red.png: file exists'),
                        (['enhance', 'p', 'o'], 'clip-anp:LIST'),
                        (['enhance', 'p', 'o', *given, 'phrases=clip-anp:x'], 'the CLIP that'),
-                       (['enhance', 'p', 'o', *given, 'phrases=valence:x', 'batch_size=many'], 'batch_size is many, expected int'),
+                       (['enhance', 'p', 'o', *given, 'phrases=valence:x', 'batch_size=many'], "batch_size is 'many', expected int"),
                        (['enhance', 'p', str(tmp_path / 'mine'), *given, 'phrases=valence:x'], 'data holds files and no stage.json'),
                        (['check', 'fi', str(tmp_path / 'none')], 'none is not a folder')):
         assert main(argv) == 2, argv

@@ -13,7 +13,6 @@ import importlib.util
 import inspect
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 import yaml
 
 import pacl
-from ..parts.stages import InputError, disk_errors, listing, nearest, read_record, why_stale
+from ..parts.stages import InputError, converted, disk_errors, listing, nearest, read_record, why_stale
 
 # %% ../../nbs/app/pipeline.ipynb #005
 ROOT = Path(pacl.__file__).parents[1]
@@ -51,23 +50,6 @@ def parameters_cell(notebook: Path) -> str:  # `name = value  # comment`, one a 
 def declared(cell: str) -> dict:  # of `parameters_cell` → {name: default}
     lines: Any = ast.parse(cell).body
     return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
-
-# %% ../../nbs/app/pipeline.ipynb #011
-def converted(name: str, value, default):
-    "As the notebook gets it. Raises ValueError with what was expected."
-    kind = type(default)
-    with contextlib.suppress(TypeError, ValueError, yaml.YAMLError):
-        if isinstance(value, str) and kind is not str:  # of the command line
-            value = yaml.safe_load(value)
-        if kind is float:
-            value = float(value)
-    fits = type(value) is kind
-    if fits and kind in (int, float):
-        may_be_0 = not default or name in ('trainable_stages', 'threshold')
-        fits = 0 < value < math.inf or may_be_0 and value == 0
-    if not fits:
-        raise ValueError(f'{name} is {value!r}, expected {kind.__name__} such as {default!r}')
-    return value
 
 # %% ../../nbs/app/pipeline.ipynb #014
 def read_profile(path: Path, data: str) -> dict:  # data/profiles/NAME.yaml; what $DATA stands for
@@ -101,7 +83,7 @@ def read_settings(
             values[name] = converted(name, value, defaults[name])
         except KeyError:
             wrong.append(f'{place}: unknown parameter "{name}"; {nearest(name, defaults)}')
-        except ValueError as error:
+        except InputError as error:
             wrong.append(f'{place}: {error}')
     for stage in values['stages']:
         if stage not in cells:

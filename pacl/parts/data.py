@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['WORLD', 'KINDS', 'PUBLISHED', 'DataSet', 'read_benchmark', 'read_sets', 'leaks', 'run_data', 'load_set', 'load_tasks',
-           'drawn_splits', 'check']
+           'check']
 
 # %% ../../nbs/parts/data.ipynb #005
 import argparse
@@ -145,10 +145,8 @@ def run_data(
     pictures, tasks = {}, {}
     for name, some in sets.items():
         pictures[name] = read_images(some.table, some.root, image_size, run / 'pictures', name)
-        drawn = some.table.attrs.get('drawn', False)
-        about = {task: asdict(what) | {'drawn': drawn} for task, what in some.tasks.items()}
-        if about:
-            tasks[name] = about
+        if some.tasks:
+            tasks[name] = {task: asdict(what) for task, what in some.tasks.items()}
     images, table, _ = pictures['posts']
     leaked = leaks(images, table.index, {name: pictures[name][:2] for name in tasks})
     if len(leaked) == len(images):
@@ -187,12 +185,6 @@ def load_tasks(
         for name, given in about.items():
             about[name] = Task.of(given)
     return tasks
-
-def drawn_splits(
-    run: Path,  # the profile's folder: data/ is read
-) -> list:      # the benchmarks whose split was drawn here: not their owners', nor a split.csv
-    tasks = json.loads((Path(run) / 'data/tasks.json').read_text())
-    return [name for name in tasks if any(given.get('drawn') for given in tasks[name].values())]
 
 # %% ../../nbs/parts/data.ipynb #022
 PUBLISHED = {  # rows: posts, pictures, or people in them

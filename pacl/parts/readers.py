@@ -14,7 +14,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -32,10 +32,12 @@ class Task:
     kind: str            # single-label | hierarchical | multi-label | regression
     columns: tuple       # ('label',), ('level_1', …), one for each class, or ('valence', …)
     classes: tuple = ()  # of each level the names, in the order of indices; multi-label: one tuple
+    drawn: bool = field(default=False, compare=False)  # was the split drawn here: neither its owners' nor a split.csv?
 
     @classmethod
     def of(cls, given):  # of dataclasses.asdict; JSON makes lists of tuples
-        return cls(given['kind'], tuple(given['columns']), tuple(map(tuple, given['classes'])))
+        classes = tuple(map(tuple, given['classes']))
+        return cls(given['kind'], tuple(given['columns']), classes, given.get('drawn', False))
 
     @property
     def chooses(self):  # one class at each level; else numbers
@@ -626,6 +628,7 @@ def benchmark(
         raise InputError(f'{name} at {root} has no labels. Read it with posts("{name}", …).')
     reader = reader_of(name)
     path = Path(root, 'split.csv').expanduser()
+    drawn = not path.exists() and 'split' not in table
     if path.exists():
         kept = read_rows(path, ['id', 'split'])
         check_rows(path, kept, NO_TASK)
@@ -633,10 +636,9 @@ def benchmark(
         lacking = table['split'].isna()
         stop_at(path, table, 'split', lacking, 'a row with this id', 'Add it, or delete the file.')
     elif set(table.get('split', ())) != {'train', 'val', 'test'}:
-        table.attrs['drawn'] = 'split' not in table
         even, first = table, about
         if reader.tasks is OWN and task:  # all tasks share one split
             with suppress(InputError):
                 even, first = own_task(path, table.copy(), None)
         table['split'] = complete_split(path, even, first, shares)
-    return table, reader.tasks.get(task) or about
+    return table, replace(reader.tasks.get(task) or about, drawn=drawn)
