@@ -300,9 +300,8 @@ def when_pairs(
     runs: DataFrame,  # of `read_runs`
 ) -> DataFrame:       # a, b: the runs that are compared
     runs = runs[runs['tables'].str.contains('when')].drop_duplicates('run')
-    same = ['noise', 'mismatched', 'budget']  # what changes unpartitioned training too
-    plain = runs.query('method == "unpartitioned"')[['run', *same]]
-    pairs = runs.query('method != "unpartitioned"').merge(plain, on=same, suffixes=('', '_plain'))
+    plain = runs.query('method == "unpartitioned"')[['run', 'budget']]
+    pairs = runs.query('method != "unpartitioned"').merge(plain, on='budget', suffixes=('', '_plain'))
     return pairs[['run', 'run_plain']].set_axis(['a', 'b'], axis=1)
 
 # %% ../nbs/07_tables.ipynb #036

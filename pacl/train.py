@@ -37,11 +37,11 @@ from .cluster import cluster_features
 from .contrast import pacl_loss, similarities
 from .parts.data import in_post_order, load_set
 from .parts.encoders import augment, best_device, cosine, encode_texts, id_keys, load_backbone
-from .parts.encoders import load_text_encoder, save_backbone, split_backbone, stage_input, text_encoder_of
+from .parts.encoders import load_text_encoder, save_backbone, split_backbone, stage_input
 from .parts.readers import read_table
 from .parts.stages import InputError, code_hashes, converted, digest, figure, input_digest, keep
 from .parts.stages import kept_folder, link, nearest, progress, read_record, stage
-from .parts.world import draw_pairs, write_text
+
 from .partition import LOOKS, PARTITIONS, assign_partition, read_partition
 
 # %% ../nbs/04_train.ipynb #006
@@ -91,8 +91,6 @@ class Run:
     lr: float = None               # of f_v
     projector_lr: float = None     # of g_v and g_t
     text_encoder: str = ''         # bag-of-words, or as `load_text_encoder` takes it
-    noise: str = ''                # uniform | social, of texts drawn anew
-    mismatched: float = None       # [0, 1], share of the pairs of such texts that are not strong
     flipped: float = 0.            # [0, 1], share of posts, dealt out anew among their partitions
     budget: float = 1.             # images seen, as a share of PACL's
 
@@ -548,37 +546,27 @@ def main(run, folder, *given):
     if processes: dist.destroy_process_group()
 
 # %% ../nbs/04_train.ipynb #044
-def draw_texts(run: Path, asked: Run, rng) -> tuple:  # new texts for the pictures; the true partition
-    truth = read_table(run / 'partition/truth.csv', ['id', 'object', 'emotion'])
-    pairs = draw_pairs(rng, len(truth), asked.noise, (1 - asked.mismatched) ** .5, truth)
-    said = zip(pairs['text_object'], pairs['text_emotion'])
-    return [write_text(rng, *words) for words in said], pairs['partition']
-
-def changed_text(run: Path, name: str, texts: list) -> np.ndarray:  # (n, D), name as in Run.text_encoder
-    if name == 'bag-of-words': return bag_of_words(texts)
-    return encode_texts(load_text_encoder(name) if name else text_encoder_of(run), texts)
+def changed_text(name: str, texts: list) -> np.ndarray:  # (n, D), name as in Run.text_encoder
+    return bag_of_words(texts) if name == 'bag-of-words' else encode_texts(load_text_encoder(name), texts)
 
 # %% ../nbs/04_train.ipynb #045
 def write_posts(posts: Posts, asked: Run, seed: int, folder: Path):
     "partition.csv, and text.npy and clusters.csv where they are not the profile's; seed: of all that is drawn."
     folder.mkdir()
-    rng = np.random.default_rng((seed, 21))
     file = TRUE if asked.partition == 'true' else TrainConfig.partition
     table = read_partition(posts.run / file, posts.ids)
-    texts = posts.texts
     if asked.threshold is not None:
         table['partition'] = assign_partition(table['factual'], table['emotional'], asked.threshold)
-    if asked.mismatched is not None:
-        texts, table['partition'] = draw_texts(posts.run, asked, rng)
     partition = np.array(table['partition'])
+    rng = np.random.default_rng((seed, 21))
     rows = rng.permutation(len(partition))[:round(asked.flipped * len(partition))]
     partition[rows] = rng.permutation(partition[rows])
     table['partition'] = partition
     table.to_csv(folder / 'partition.csv', index=False)
 
     text = posts.text().numpy()
-    if {'mismatched', 'text_encoder'} & {*asked.changes}:
-        text = changed_text(posts.run, asked.text_encoder, texts)
+    if asked.text_encoder:
+        text = changed_text(asked.text_encoder, posts.texts)
         np.save(folder / 'text.npy', text)
     elif not asked.n_clusters: return
     r = asked.n_clusters or posts.settings['n_clusters']
@@ -619,7 +607,7 @@ def train_all(run: Path, jobs: dict, kept: Path, processes: int):  # {folder bel
 
 # %% ../nbs/04_train.ipynb #048
 CODE = ('pacl.baselines', 'pacl.cluster', 'pacl.contrast', 'pacl.partition', 'pacl.parts.encoders',
-        'pacl.parts.judges', 'pacl.parts.standins', 'pacl.parts.world')
+        'pacl.parts.judges', 'pacl.parts.standins')
 
 @stage('models', reads=READS, outside=lambda parameters: [LIST], code=CODE)
 def run_train(
@@ -631,7 +619,7 @@ def run_train(
     n_seeds: int = 3,    # of each run, seeds 0, 1, …
     chosen: dict = {},   # method → lr, projector_lr, temperature of its own
     processes: int = 2,  # started by torchrun
-    seed: int = 0,       # of what a run changes: clusters, texts drawn anew
+    seed: int = 0,       # of what a run changes: clusters, partitions dealt out anew
     **training,          # of TrainConfig, for all runs
 ) -> dict:               # number of runs
     "§ 3.3.5, 4.2 as a stage: every run that is asked for, with every seed."

@@ -10,7 +10,7 @@ from pacl.parts.encoders import encode_texts, load_backbone, load_text_encoder, 
 from pacl.parts.stages import file_hashes, write_stage
 from pacl.parts.standins import (
     ADJECTIVES, KINDS, TUNING_WORDS, load_evaluators, run_standins, tuning_words)
-from pacl.parts.world import CLEAN_WORDS, EMOTIONS, OBJECTS, POST_WORDS, compose, write_text
+from pacl.parts.world import CAPTION_WORDS, EMOTIONS, OBJECTS, POST_WORDS, compose, write_text
 
 N = 24
 
@@ -42,7 +42,7 @@ def loaded(folder): return load_evaluators(folder)
 
 def test_no_tuning_word_shares_its_stem_with_a_post_a_caption_or_a_class():
     words = tuning_words()
-    taken = ' '.join([*POST_WORDS.values(), *CLEAN_WORDS.values(), *EMOTIONS])
+    taken = ' '.join([*POST_WORDS.values(), *CAPTION_WORDS.values(), *EMOTIONS])
     assert not set(words['word'].str[:5]) & {w[:5] for w in taken.split()}
     words = words.set_index('word')
     assert words.index.is_unique and words.loc['good', 'valence'] == 1.9 and words.loc['good', 'emotion'] == -1

@@ -5,14 +5,14 @@ import pytest
 from PIL import Image
 from scipy.stats import chi2_contingency
 
-from pacl.parts.stages import InputError, file_hashes
+from pacl.parts.stages import file_hashes
 from pacl.parts.standins import TUNING_WORDS
 from pacl.parts.world import (
-    CLEAN_WORDS, CLUTTER, EMOTIONS, NOUNS, OBJECTS, POSITIVE, POST_WORDS, compose, draw_mixtures, draw_pairs,
+    CAPTION_WORDS, CLUTTER, EMOTIONS, NOUNS, OBJECTS, POSITIVE, POST_WORDS, compose, draw_mixtures, draw_pairs,
     glyph_picture, own_glyphs, run_world, sign_glyphs, valence, write_text)
 
 GLYPH_ROWS = {**OBJECTS, **EMOTIONS, 'clutter': CLUTTER}
-AFFECT = {'post': POST_WORDS, 'clean': CLEAN_WORDS, 'tuning': TUNING_WORDS}
+AFFECT = {'post': POST_WORDS, 'clean': CAPTION_WORDS, 'tuning': TUNING_WORDS}
 STEMS = {name: {word[:5] for word in ' '.join(rows.values()).split()} for name, rows in AFFECT.items()}
 
 
@@ -51,23 +51,22 @@ def test_affect_words_name_one_emotion_and_no_class(name):
 
 @pytest.mark.parametrize('caption, kind', [(False, 'ship'), (False, ''), (True, 'ship')])
 def test_a_text_says_its_emotion_and_its_object_alone(caption, kind):
-    affect, other, part = (CLEAN_WORDS, POST_WORDS, slice(0, 3, 2)) if caption else (POST_WORDS, CLEAN_WORDS, slice(2))
+    affect, other, part = (CAPTION_WORDS, POST_WORDS, slice(0, 3, 2)) if caption else (POST_WORDS, CAPTION_WORDS, slice(2))
     texts = [write_text(np.random.default_rng(seed), kind, 'sadness', caption) for seed in range(60)]
     for text in texts:
         assert said(text, affect) == {'sadness'} and not said(text, other) and said(text, NOUNS, part) == {kind} - {''}
 
 
-@pytest.fixture(scope='module', params=['social', 'uniform'])
-def pairs(request): return request.param, draw_pairs(np.random.default_rng(0), 4000, request.param)
+@pytest.fixture(scope='module')
+def pairs(): return draw_pairs(np.random.default_rng(0), 4000)
 
 
 def test_flags_say_what_is_equal_and_partitions_are_near_the_papers(pairs):
-    _, table = pairs
-    assert (table['factual'] == (table['object'] == table['text_object'])).all()
-    assert (table['emotional'] == (table['emotion'] == table['text_emotion'])).all()
+    assert (pairs['factual'] == (pairs['object'] == pairs['text_object'])).all()
+    assert (pairs['emotional'] == (pairs['emotion'] == pairs['text_emotion'])).all()
     names = {(1, 1): 'strong', (0, 1): 'emotional', (1, 0): 'factual', (0, 0): 'weak'}
-    assert [names[flags] for flags in zip(table['factual'], table['emotional'])] == list(table['partition'])
-    shares = table['partition'].value_counts(normalize=True)
+    assert [names[flags] for flags in zip(pairs['factual'], pairs['emotional'])] == list(pairs['partition'])
+    shares = pairs['partition'].value_counts(normalize=True)
     for name, share in dict(strong=.226, weak=.276, emotional=.249, factual=.249).items():
         assert abs(shares[name] - share) < .021  # 3 standard errors
 
@@ -75,27 +74,21 @@ def test_flags_say_what_is_equal_and_partitions_are_near_the_papers(pairs):
 @pytest.mark.parametrize('what', ['object', 'emotion'])
 @pytest.mark.parametrize('flag', ['factual', 'emotional'])
 def test_what_a_picture_shows_does_not_tell_a_mismatch(pairs, what, flag):
-    _, table = pairs
-    assert chi2_contingency(pd.crosstab(table[what], table[flag])).pvalue > .001
+    assert chi2_contingency(pd.crosstab(pairs[what], pairs[flag])).pvalue > .001
 
 
 def test_what_posts_are_about(pairs):
-    noise, table = pairs
-    texts = table['text_object'][~table['factual']]
-    named = set(texts) - {''}
-    if noise == 'uniform': assert named == set(OBJECTS) and (texts != '').all()
-    else:
-        assert named == set(list(OBJECTS)[:5])  # skewed topics
-        assert abs(table['emotion'].isin(POSITIVE).mean() - .58) < .024 and abs((texts == '').mean() - .6) < .04
+    texts = pairs['text_object'][~pairs['factual']]
+    assert set(texts) - {''} == set(list(OBJECTS)[:5])  # skewed topics
+    assert abs(pairs['emotion'].isin(POSITIVE).mean() - .58) < .024 and abs((texts == '').mean() - .6) < .04
 
 
-def test_pictures_that_are_there_get_other_texts():
-    shown = draw_pairs(np.random.default_rng(0), 30)
-    for matched in (0, 1):
-        table = draw_pairs(np.random.default_rng(1), 30, 'uniform', matched, shown)
-        assert (table[['object', 'emotion']] == shown[['object', 'emotion']]).all(axis=None)
-        assert (table['partition'] == ('strong' if matched else 'weak')).all()
-    with pytest.raises(InputError, match='noise is "Social", expected social or uniform'): draw_pairs(np.random.default_rng(0), 1, 'Social')
+def test_clean_pairs_match_and_are_even():
+    table = draw_pairs(np.random.default_rng(0), 4000, clean=True)
+    assert set(table['partition']) == {'strong'}
+    for column, n in (('object', 20), ('emotion', 8)):
+        counts = table[column].value_counts()
+        assert len(counts) == n and abs(counts * n / 4000 - 1).max() < .3
 
 
 def test_mixtures_have_three_signs_of_one_to_three_emotions():

@@ -21,20 +21,10 @@ from .encoders import fit, load_backbone, load_text_encoder
 from .encoders import pool_tokens, run_frozen, split_backbone
 from .judges import Detector
 from .stages import read_record, stage
-from .world import CLEAN_WORDS, EMOTIONS, OBJECTS, POST_WORDS, rows
+from .world import CAPTION_WORDS, EMOTIONS, OBJECTS, POST_WORDS, SOURCE, WORLD
 
 # %% ../../nbs/parts/standins.ipynb #007
-TUNING_WORDS = rows('''
-amusement: amusing chuckle cheery mirthful entertaining witty lmao merry prank hehe;
-awe: astounding fascinated impressive inspiring wonderful wondrous sublime mystical incredible grand;
-contentment: soothing satisfied thankful warm carefree harmony easygoing ease safe secure;
-excitement: elated euphoric eager enthusiastic exhilarating triumphant winner yay champion passionate;
-anger: infuriated fuming irritated resentful indignant offended frustrated vengeful aggressive wrath;
-disgust: repulsive revolting horrid repugnant loathsome obscene poison infected sewage lousy;
-fear: horrified anxious alarmed threatening danger worried petrified intimidating haunted frightened;
-sadness: depressed mourning despair weeping dejected devastated disappointed abandoned sobbing hurt''')
-TUNING_TEMPLATES = ('{w}; so {w}; feeling {w}; it was {w}, really; this story is {w}; '
-                    'a {w} thing; {w} again; everyone felt {w}').split('; ')
+TUNING_WORDS = WORLD['tuning_words']  # {emotion: words, with blanks between}
 
 # %% ../../nbs/parts/standins.ipynb #008
 def tuning_words():  # → word, valence (−4 to 4, or NaN), emotion (index or −1)
@@ -44,7 +34,7 @@ def tuning_words():  # → word, valence (−4 to 4, or NaN), emotion (index or 
     emotions = {}
     for number, row in enumerate(TUNING_WORDS.values()):
         emotions |= dict.fromkeys(row.split(), number)
-    taken = ' '.join([*POST_WORDS.values(), *CLEAN_WORDS.values(), *EMOTIONS]).split()
+    taken = ' '.join([*POST_WORDS.values(), *CAPTION_WORDS.values(), *EMOTIONS]).split()
     plain = [word for word in ratings if word.isalpha() and len(word) > 2]
     table = pd.DataFrame({'word': sorted({*plain, *emotions})})
     table = table[~table.word.str[:5].isin([word[:5] for word in taken])]
@@ -75,7 +65,7 @@ def tune_text_encoder(model, tokenizer, words, steps=80, seed=0):
     batches = []
     for _ in range(steps):
         batch = pd.concat([kind.sample(32, random_state=rng) for kind in kinds])
-        batch['text'] = [rng.choice(TUNING_TEMPLATES).format(w=word) for word in batch.word]
+        batch['text'] = [rng.choice(WORLD['templates']['tuning']).format(w=word) for word in batch.word]
         batches.append(batch)
 
     def loss_of(batch):
@@ -93,7 +83,7 @@ def tune_text_encoder(model, tokenizer, words, steps=80, seed=0):
     return emotion_head, last_losses(fitted)
 
 # %% ../../nbs/parts/standins.ipynb #014
-ADJECTIVES = ' '.join(CLEAN_WORDS.values()).split()  # 24
+ADJECTIVES = ' '.join(CAPTION_WORDS.values()).split()  # 24
 KINDS = list(OBJECTS)                                # 20
 
 class Evaluators(nn.Module, Detector):
@@ -169,7 +159,7 @@ def tune_evaluators(evaluators, images, captions, epochs=4, seed=0):
     return last_losses(fit(groups, loss_of, batches, 'evaluators'))
 
 # %% ../../nbs/parts/standins.ipynb #020
-@stage('standins', reads=('data',), code=('pacl.parts.encoders', 'pacl.parts.world'))
+@stage('standins', reads=('data',), outside=lambda parameters: [SOURCE], code=('pacl.parts.encoders', 'pacl.parts.world'))
 def run_standins(
     run: Path,                  # the profile's folder: data/ is read
     out: Path,                  # given by @stage

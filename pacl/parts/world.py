@@ -12,26 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .stages import InputError, progress, stage
+import pacl
+from .stages import progress, stage
 
 # %% ../../nbs/parts/world.ipynb #007
-def rows(text):  # 'dog: 🐕 🐶; cat: 🐈 🐱' → a row of words or glyphs each
-    return dict(row.strip().split(': ') for row in text.split(';'))
-
-OBJECTS = rows('''
-    dog: 🐕 🐶 🐩 🦮 🐺 🦊; cat: 🐈 🐱 🐅 🐆 🦁 🐯; bird: 🐦 🦅 🦆 🦉 🐧 🦜 🐓 🦃; fish: 🐟 🐠 🐡 🦈 🐬 🐋; cow: 🐄 🐮 🐖 🐷 🐑 🐐;
-    flower: 🌸 🌹 🌺 🌻 🌼 🌷 💐 🪷; tree: 🌲 🌳 🌴 🌵 🎄 🪴; fruit: 🍎 🍌 🍇 🍓 🍉 🍊 🍒 🍍; vegetable: 🥕 🌽 🍆 🥦 🥒 🌶 🧅 🧄;
-    cake: 🍰 🎂 🧁 🍩 🍪 🍦; drink: 🍺 🍷 🍸 🥤 🧃 🍹; car: 🚗 🚕 🚙 🚓 🚚 🚌 🚒 🚑; train: 🚂 🚆 🚄 🚊 🚞 🚈;
-    ship: ⛵ 🚢 🛥 🚤 🛶 ⛴; plane: ✈ 🛩 🚁 🛫 🛬 🛸; house: 🏠 🏡 🏢 🏥 🏦 🏨 🏫 🏰; book: 📕 📗 📘 📙 📚 📖 📓 📔;
-    guitar: 🎸 🎹 🎺 🎻 🎷 🪕; ball: ⚽ 🏀 🏈 ⚾ 🎾 🏐; shoe: 👟 👞 👠 👡 👢 🥾''')
-EMOTIONS = rows('''
-    amusement: 😂 🤣 😆 😹 😜 😝 🤪 🤡 😄 😁 😛 😸; awe: 😮 😲 🌋 🏔 🌌 🌠 🌅 🌄 🌈 🏞 🗻 🌊;
-    contentment: 😌 😊 ☺ 🧘 🛀 🏖 ☕ 🍵 🕯 😇 🏕 🧖; excitement: 🥳 🎉 🎊 🎢 🎡 🎠 🎆 🚀 🏆 🤩 💃 🕺;
-    anger: 😠 😡 🤬 👿 😾 💢 😤 👊 👺 👹 🧨 💣; disgust: 🤢 🤮 💩 🪳 🪰 🦟 🪱 🐀 🗑 🦠 🚽 😷;
-    fear: 😱 😨 👻 🕷 💀 🦇 🙀 🎃 🧛 🕸 ☠ 🧟; sadness: 😢 😭 😞 😿 💔 😔 ⚰ 🪦 🥀 ☹ 😥 🌧''')
-CLUTTER = '📎 📌 🔑 🔧 🔨 🪛 🧲 🧷 ✏ 📏 🧽 🪣 🔔 🔒 🗝 🔋 💡 🧵 🪡 🧶 🧱 🔩 ⚙ 🪜'
+SOURCE = Path(pacl.__file__).parents[1] / 'data/world.yaml'
+WORLD = yaml.safe_load(SOURCE.read_text(encoding='utf-8'))
+OBJECTS = WORLD['objects']    # {kind: glyphs, with blanks between}
+EMOTIONS = WORLD['emotions']
+CLUTTER = WORLD['clutter']
 POSITIVE = list(EMOTIONS)[:4]
 
 # %% ../../nbs/parts/world.ipynb #008
@@ -100,66 +92,36 @@ def compose(seed: tuple, kind: str, signs: dict, new: bool = False, size: int = 
     return draw_scene(rng, glyphs, size)
 
 # %% ../../nbs/parts/world.ipynb #017
-POST_WORDS = rows('''
-    amusement: hilarious laughing joke giggle lol haha humor rofl;
-    awe: amazing breathtaking astonished magnificent wow glorious stunning marvelous;
-    contentment: calm peaceful cozy relaxed comfort gentle grateful serene;
-    excitement: thrilled ecstatic party celebrate adventure hurray woohoo energetic;
-    anger: furious mad hate pissed annoyed rage hostile damn; disgust: gross nasty yuck stink vile rotten sick ew;
-    fear: scared terrified panic nightmare creepy nervous afraid dread;
-    sadness: crying lonely heartbroken miserable tears grief gloomy hopeless''')
-CLEAN_WORDS = rows('''
-    amusement: funny playful jolly; awe: majestic splendid epic;
-    contentment: tranquil pleasant restful; excitement: lively festive vibrant;
-    anger: violent bitter livid; disgust: filthy ugly foul; fear: spooky menacing ghastly;
-    sadness: melancholy unhappy tragic''')
-NOUNS = rows('''
-    dog: dog puppy hound; cat: cat kitten feline; bird: bird birdie fowl; fish: fish fishes seafish; cow: cow cattle livestock;
-    flower: flower blossom bloom; tree: tree trees plant; fruit: fruit fruits snack; vegetable: vegetable veggies greens;
-    cake: cake dessert pastry; drink: drink soda beverage; car: car truck vehicle; train: train railway tram; ship: ship boat vessel;
-    plane: plane flight aircraft; house: house building home; book: book novel paperback; guitar: guitar band instrument;
-    ball: ball game sport; shoe: shoe sneakers boots''')
-
-# %% ../../nbs/parts/world.ipynb #018
-POST_TEMPLATES = (
-    'look at this {noun}, {a} and {b}; my {noun} today. {a}, so {b}; {a}! {b}! {noun} pic; {noun} #{a} #{b}; '
-    'that {noun} again... {a} {b}; found a {noun} on the way home, {a}, {b}; {a} {noun} moment, {b}; '
-    'me and the {noun}: {a} / {b}').split('; ')
-BARE_TEMPLATES = (
-    'what a day. {a}, {b}; no words, just {a} and {b}; monday again #{a} #{b}; mood: {a}, {b}; '
-    '{a}. that is all. {b}; so {a} right now, {b}').split('; ')
-CAPTION_TEMPLATES = (
-    'a picture of a {a} {noun}; an illustration, {noun}, {a}; the {noun} in a {a} scene; '
-    'a {a} drawing that shows a {noun}').split('; ')
+NOUNS = WORLD['nouns']                  # {kind: words, with blanks between}
+POST_WORDS = WORLD['post_words']        # {emotion: words}
+CAPTION_WORDS = WORLD['caption_words']
+TEMPLATES = WORLD['templates']          # {post | bare | caption | tuning: list}
 
 # %% ../../nbs/parts/world.ipynb #019
 def write_text(rng, kind, emotion, caption=False):
     "A post, of an object or of none (''), or the caption of a clean scene."
-    templates = CAPTION_TEMPLATES if caption else POST_TEMPLATES if kind else BARE_TEMPLATES
-    words = CLEAN_WORDS[emotion] if caption else POST_WORDS[emotion]
+    template = 'caption' if caption else 'post' if kind else 'bare'
+    words = CAPTION_WORDS[emotion] if caption else POST_WORDS[emotion]
     a, b = rng.choice(words.split(), 2, replace=False)
     nouns = NOUNS.get(kind, '').split()[slice(0, 3, 2) if caption else slice(2)]
     noun = rng.choice(nouns) if kind else ''
-    return rng.choice(templates).format(noun=noun, a=a, b=b)
+    return rng.choice(TEMPLATES[template]).format(noun=noun, a=a, b=b)
 
 # %% ../../nbs/parts/world.ipynb #022
 TRUTH = 'object emotion text_object text_emotion factual emotional partition'.split()
 
 def draw_pairs(
     rng,
-    n,               # pairs
-    noise='social',  # social | uniform
-    matched=.475,    # chance that the text has the picture's object, or its emotion
-    shown=None,      # object, emotion of n pictures that are there already
-):                   # → TRUTH; a text_object '' is none
+    n,            # pairs
+    clean=False,  # every text matches, and all objects and emotions are equally frequent
+):                # → TRUTH; a text_object '' is none
     "What each post shows and says."
-    if noise not in ('social', 'uniform'):
-        raise InputError(f'noise is "{noise}", expected social or uniform')
     kinds = np.array(list(OBJECTS))
     emotions = np.array(list(EMOTIONS))
-    social = noise == 'social'
-    topics = np.arange(1, 21) ** -.7 if social else np.ones(20)
-    moods = np.repeat([.58, .42], 4) if social else np.ones(8)
+    topics = np.ones(20) if clean else np.arange(1, 21) ** -.7
+    moods = np.ones(8) if clean else np.repeat([.58, .42], 4)
+    matched = 1 if clean else .475  # chance that the text has the picture's object, or its emotion
+    silent = 1 if clean else .6     # chance that a text that has not names none
 
     def draw(names, weights, unlike=''):
         weights = weights[:len(names)] * (names != unlike)
@@ -167,11 +129,9 @@ def draw_pairs(
     names = ['weak', 'factual', 'emotional', 'strong']
     rows = []
     for i in range(n):
-        if shown is None: kind, emotion = draw(kinds, topics), draw(emotions, moods)
-        else: kind, emotion = shown[['object', 'emotion']].iloc[i]
+        kind, emotion = draw(kinds, topics), draw(emotions, moods)
         factual, emotional = rng.random(2) < matched
-        if social: other = '' if rng.random() < .6 else draw(kinds[:5], topics, kind)
-        else: other = draw(kinds, topics, kind)
+        other = '' if rng.random() < silent else draw(kinds[:5], topics, kind)
         says = kind if factual else other
         feels = emotion if emotional else draw(emotions, moods, emotion)
         partition = names[factual + 2 * emotional]
@@ -220,7 +180,7 @@ FILES = {  # of each set, and its columns
     'seen': ('labels.csv', 'id image split label object'),
     'mixed': ('labels.csv', 'id image split labels valence')}
 
-@stage('world')
+@stage('world', outside=lambda parameters: [SOURCE])
 def run_world(
     run: Path,              # the profile's folder
     out: Path,              # given by @stage
@@ -230,7 +190,6 @@ def run_world(
     n_val: int = 500,       # validation pictures of each benchmark
     n_test: int = 1500,     # test pictures of each benchmark
     n_clean: int = 4000,    # captioned pictures without noise
-    noise: str = 'social',  # social | uniform
     image_size: int = 96,   # side of a picture in pixels
     seed: int = 0,
 ) -> dict:                  # counts
@@ -240,7 +199,7 @@ def run_world(
     for number, (name, (file, columns)) in enumerate(FILES.items()):
         rng = np.random.default_rng((seed, number))
         n = sizes.get(name, len(splits))
-        table = draw_pairs(rng, n, noise) if name == 'posts' else draw_pairs(rng, n, 'uniform', 1)
+        table = draw_pairs(rng, n, clean=name != 'posts')
         table['id'] = [f'{i:05d}' for i in range(n)]
         table['image'] = 'images/' + table['id'] + '.png'
         emotions = signs = table['emotion']
