@@ -27,7 +27,7 @@ from .parts.data import load_set, load_tasks
 from .parts.encoders import best_device, fit, load_backbone, split_backbone, stage_input, text_encoder_of
 from .parts.judges import evaluators_of
 from .parts.readers import POLARITY, Task, folds_of
-from .parts.stages import (InputError, code_hashes, digest, file_hashes, keep, kept_folder,
+from .parts.stages import (InputError, digest, file_hashes, keep, kept_folder,
                                nearest, progress, read_record, stage)
 from .train import read_runs
 
@@ -509,9 +509,7 @@ def run_evaluate(
         check_task(run, name, tasks[name][task], folds)
     settings = dict(probe_epochs=probe_epochs, fine_tune_epochs=fine_tune_epochs,
                     backbone_lr=backbone_lr, folds=folds, seed=seed)
-    read = [file_hashes(run / 'data'), file_hashes(run / 'features')]
-    code = code_hashes('pacl.evaluate', *CODE)
-    kept = kept_folder(run, 'results', [read, code, settings])
+    kept = kept_folder(run, 'results', ['data', 'features'], ['pacl.evaluate', *CODE], settings)
 
     def do(job):
         def write(part):

@@ -14,8 +14,7 @@ import pandas as pd
 from .parts.data import in_post_order, load_set
 from .parts.pictures import contact_sheet
 from .parts.readers import numbers, one_of, read_table
-from .parts.stages import InputError, code_hashes, in_shards, input_digest
-from .parts.stages import kept_folder, read_record, stage
+from .parts.stages import InputError, in_shards, kept_folder, read_record, stage
 
 # %% ../nbs/01_partition.ipynb #006
 PARTITIONS = ('strong', 'emotional', 'factual', 'weak')
@@ -170,8 +169,7 @@ def embed_posts(run: Path, names: dict) -> np.ndarray:  # {of NAMES: judge} → 
     from pacl.parts.judges import load_judges
 
     sources = [*needed(names), *map(str, user_paths(names))]
-    digests = [input_digest(run, source) for source in sources]
-    folder = kept_folder(run, 'partition', [names, digests, code_hashes('pacl.partition', *JUDGES)])
+    folder = kept_folder(run, 'partition', sources, ['pacl.partition', *JUDGES], names)
     posts, images = load_set(run, 'posts')
     pictures = {'images': images}
     if 'features' in sources:

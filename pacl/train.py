@@ -32,15 +32,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import pacl
-from .baselines import bag_of_words, pretrain, sentiment_guided_loss, sentiments
+from .baselines import pretrain, sentiment_guided_loss, sentiments
 from .cluster import cluster_features
 from .contrast import pacl_loss, similarities
 from .parts.data import in_post_order, load_set
-from .parts.encoders import augment, best_device, cosine, encode_texts, id_keys, load_backbone
+from .parts.encoders import augment, best_device, cosine, id_keys, load_backbone
 from .parts.encoders import load_text_encoder, save_backbone, split_backbone, stage_input
 from .parts.readers import read_table
-from .parts.stages import InputError, code_hashes, converted, digest, figure, input_digest, keep
-from .parts.stages import kept_folder, link, nearest, progress, read_record, stage
+from .parts.stages import InputError, converted, digest, figure, keep, kept_folder
+from .parts.stages import link, nearest, progress, read_record, stage
 
 from .partition import LOOKS, PARTITIONS, assign_partition, read_partition
 
@@ -90,7 +90,7 @@ class Run:
     temperature: float = None      # τ
     lr: float = None               # of f_v
     projector_lr: float = None     # of g_v and g_t
-    text_encoder: str = ''         # bag-of-words, or as `load_text_encoder` takes it
+    text_encoder: str = ''         # as `load_text_encoder` takes it
     flipped: float = 0.            # [0, 1], share of posts, dealt out anew among their partitions
     budget: float = 1.             # images seen, as a share of PACL's
 
@@ -545,10 +545,6 @@ def main(run, folder, *given):
     for name, config in configs.items(): train(posts, config, folder.with_name(name))
     if processes: dist.destroy_process_group()
 
-# %% ../nbs/04_train.ipynb #044
-def changed_text(name: str, texts: list) -> np.ndarray:  # (n, D), name as in Run.text_encoder
-    return bag_of_words(texts) if name == 'bag-of-words' else encode_texts(load_text_encoder(name), texts)
-
 # %% ../nbs/04_train.ipynb #045
 def write_posts(posts: Posts, asked: Run, seed: int, folder: Path):
     "partition.csv, and text.npy and clusters.csv where they are not the profile's; seed: of all that is drawn."
@@ -566,7 +562,7 @@ def write_posts(posts: Posts, asked: Run, seed: int, folder: Path):
 
     text = posts.text().numpy()
     if asked.text_encoder:
-        text = changed_text(asked.text_encoder, posts.texts)
+        text = load_text_encoder(asked.text_encoder).embed_texts(posts.texts)
         np.save(folder / 'text.npy', text)
     elif not asked.n_clusters: return
     r = asked.n_clusters or posts.settings['n_clusters']
@@ -615,7 +611,7 @@ def run_train(
     out: Path,           # given by @stage: a folder for each trained run, and runs.csv
     *,
     tables: str = '',    # runs beyond the main ones
-    text_encoders: tuple = ('bag-of-words', 'minilm'),  # of `text`
+    text_encoders: tuple = ('minilm',),  # of `text`
     n_seeds: int = 3,    # of each run, seeds 0, 1, …
     chosen: dict = {},   # method → lr, projector_lr, temperature of its own
     processes: int = 2,  # started by torchrun
@@ -629,8 +625,7 @@ def run_train(
     own = {name: settings[name] for name in ('threshold', 'n_clusters', *RATES)}
     asked = asked_runs(tables, text_encoders, own, (run / TRUE).exists(), chosen)
     processes = min(processes, torch.cuda.device_count() or processes)  # one GPU has room for one
-    inputs = [input_digest(run, name) for name in READS]
-    kept = kept_folder(run, 'models', [inputs, code_hashes(__name__, *CODE), usual.origin, processes])
+    kept = kept_folder(run, 'models', READS, [__name__, *CODE], [usual.origin, processes])
     plan = plan_steps(posts.partition(), usual)  # of PACL; all see as many images
     jobs, rows = {}, []
     for one, (protocols, groups, seeds) in asked.items():

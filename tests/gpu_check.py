@@ -38,7 +38,7 @@ from pacl.cluster import cluster_features
 from pacl.contrast import pacl_loss
 from pacl.evaluate import benchmark_inputs, extract, learning_stages, linear_probe
 from pacl.parts.data import load_tasks
-from pacl.parts.encoders import BACKBONES, encode_texts, load_backbone, load_text_encoder, run_frozen, save_backbone
+from pacl.parts.encoders import BACKBONES, load_backbone, load_text_encoder, run_frozen, save_backbone
 from pacl.partition import PARTITIONS
 from pacl.train import Pictures, Posts, Towers, TrainConfig, plan_steps, step_losses, train
 
@@ -305,7 +305,7 @@ def kmeans(place):
 
 def extraction(place):
     images = Posts(place.run).images[:512]
-    works = {'MiniLM, 20 words, texts': lambda: encode_texts(encoder, texts)}
+    works = {'MiniLM, 20 words, texts': lambda: encoder.embed_texts(texts)}
     encoder = load_text_encoder('minilm')
     encoder.model.to(place.device)
     texts = [f'so happy to see number {i} {"on a day like this" * 3}' for i in range(len(images))]

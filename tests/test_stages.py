@@ -221,11 +221,11 @@ def test_shards_stay_after_a_kill(tmp_path):
 
 
 def test_pieces_are_kept_until_they_would_be_others(tmp_path):
-    folder = kept_folder(tmp_path, 'models', {'lr': 1})
+    folder = kept_folder(tmp_path, 'models', [], [], {'lr': 1})
     with pytest.raises(ZeroDivisionError): keep(folder / 'a', lambda part: part.write_text(str(1 / 0)))
     assert keep(folder / 'a', lambda part: part.write_text('whole')).read_text() == 'whole'
-    assert keep(kept_folder(tmp_path, 'models', {'lr': 1}) / 'a', None).exists()  # it is not made again
-    kept_folder(tmp_path, 'results', {})
+    assert keep(kept_folder(tmp_path, 'models', [], [], {'lr': 1}) / 'a', None).exists()  # it is not made again
+    kept_folder(tmp_path, 'results', [], [], {})
     assert folder.exists()
-    kept_folder(tmp_path, 'models', {'lr': 2})
+    kept_folder(tmp_path, 'models', [], [], {'lr': 2})
     assert not folder.exists()

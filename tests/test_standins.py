@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from pacl.parts.encoders import encode_texts, load_backbone, load_text_encoder, run_frozen
+from pacl.parts.encoders import load_backbone, load_text_encoder, run_frozen
 from pacl.parts.stages import file_hashes, write_stage
 from pacl.parts.standins import (
     ADJECTIVES, KINDS, TUNING_WORDS, load_evaluators, run_standins, tuning_words)
@@ -74,7 +74,7 @@ def test_evaluators_come_back_as_they_were_saved(folder, loaded):
     saved, texts = load_file(folder / 'evaluators.safetensors'), ['a funny dog', 'the tree in an ugly scene']
     h = run_frozen(clip.backbone, images, 'by hand', clip.backbone)
     np.testing.assert_allclose(clip.embed_images(images), h @ saved['image_projector.weight'].numpy().T, atol=1e-5)
-    raw = encode_texts(load_text_encoder('minilm'), texts)
+    raw = load_text_encoder('minilm').embed_texts(texts)
     np.testing.assert_allclose(clip.embed_texts(texts), raw @ saved['text_projector.weight'].numpy().T, atol=1e-5)
     adjectives, nouns = (head(torch.from_numpy(h)) for head in (anp.adjectives, anp.nouns))
     for phrase, adjective, noun in zip(anp.top_phrases(images), adjectives, nouns):  # the best has the best of each
@@ -85,5 +85,5 @@ def test_evaluators_come_back_as_they_were_saved(folder, loaded):
 def test_sentiment_is_the_tuned_encoders_emotion_head(folder, loaded):
     texts = ['feeling despair', 'so witty']
     found, head = loaded[2].embed_texts(texts), load_file(folder / 'emotion_head.safetensors')
-    features = torch.tensor(encode_texts(load_text_encoder(folder / 'text_encoder'), texts))
+    features = torch.tensor(load_text_encoder(folder / 'text_encoder').embed_texts(texts))
     np.testing.assert_allclose(found, F.linear(features, head['weight'], head['bias']).softmax(1), atol=1e-6)

@@ -9,8 +9,8 @@ from pacl.evaluate import score, summary
 from pacl.parts.encoders import BACKBONES
 from pacl.parts.readers import Task, single
 from pacl.parts.stages import write_stage
-from pacl.tables import (TABLES, agreement, beside, builds_on, claims_told, differences, measure, paper_pairs, paper_tables,
-                         read_answers, read_paper, results_to_read, run_tables, score_runs, table_to_read, when_pairs, write_table)
+from pacl.tables import (TABLES, agreement, beside, builds_on, claims_told, differences, in_words, measure, paper_pairs, paper_tables,
+                         read_answers, read_paper, run_tables, score_runs, table_to_read, to_read, when_pairs, write_table)
 from pacl.train import Run
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -190,9 +190,10 @@ def test_signs_and_order(tmp_path):
 
 def test_markdown_and_latex(tmp_path):
     results = results_of(tmp_path, made_up(SHARES | {'PACL, γ 0.3': .6}))
-    table = results_to_read(results, 'linear')
-    assert list(table) == [('new/label', 'accuracy')] and list(table.index) == [*SHARES, 'PACL, γ 0.3']
-    write_table(table.droplevel('metric', axis=1).rename(index={'strong only': '50 % R_2'}), tmp_path / 'table')
+    rows = results.query('seed == "all" and metric == "accuracy"')
+    table = to_read(rows.assign(text=in_words(rows)), ['run'], ['metric'])
+    assert list(table) == ['accuracy'] and list(table.index) == [*SHARES, 'PACL, γ 0.3']
+    write_table(table.rename(index={'strong only': '50 % R_2'}), tmp_path / 'table')
     lines = (tmp_path / 'table.md').read_text().splitlines()
     assert len(lines) == 7 and len({line.count('|') for line in lines}) == 1 and lines[2].startswith('| initial | ')
     text = (tmp_path / 'table.tex').read_text()

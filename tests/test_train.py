@@ -552,8 +552,9 @@ def test_true_flipped_and_random_partitions(posts, tmp_path):
 def test_texts_are_encoded_and_clustered_anew(posts, tmp_path, monkeypatch):
     encoded = np.random.default_rng(0).random((72, 9))
     seen = []
-    monkeypatch.setattr(train_module, 'bag_of_words', lambda texts: seen.append(texts) or encoded)
-    made = written(posts, tmp_path, text_encoder='bag-of-words')
+    encoder = SimpleNamespace(embed_texts=lambda texts: seen.append(texts) or encoded)
+    monkeypatch.setattr(train_module, 'load_text_encoder', {'minilm': encoder}.get)
+    made = written(posts, tmp_path, text_encoder='minilm')
     assert seen == [posts.texts] and (made.partition == posts.partition()).all()
     assert posts.text(made.folder / 'text.npy').shape == (72, 9)
     expected = [cluster_features(rows, 2) for rows in (np.load(posts.run / 'features/image.npy'), encoded)]

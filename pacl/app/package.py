@@ -393,9 +393,8 @@ def enhance(
 
     @stage('model', reads=READS, code=('pacl.train', *CODE))
     def run_model(run, out, *, settings):
-        data = Posts(run)
-        pieces = kept_folder(run, 'model', [settings, data.digest])
-        train(data, config, pieces / 'model')
+        pieces = kept_folder(run, 'model', READS, [], settings)
+        train(Posts(run), config, pieces / 'model')
         shutil.copytree(pieces / 'model', out, dirs_exist_ok=True)
         shutil.rmtree(pieces)
 

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'TEXT_ENCODERS', 'best_device', 'load_backbone', 'split_backbone', 'to_input', 'stage_input', 'id_keys',
-           'augment', 'map_batches', 'run_frozen', 'cosine', 'fit', 'TextEncoder', 'load_text_encoder', 'encode_texts',
-           'save_backbone', 'text_encoder_of', 'run_features']
+           'augment', 'map_batches', 'run_frozen', 'cosine', 'fit', 'TextEncoder', 'load_text_encoder', 'save_backbone',
+           'text_encoder_of', 'run_features']
 
 # %% ../../nbs/parts/encoders.ipynb #005
 import copy
@@ -14,10 +14,11 @@ import re
 import shutil
 import threading
 import zlib
+from collections.abc import Sequence
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms import Resize
 
 from .data import load_set, load_tasks
-from .stages import InputError, code_hashes, in_shards, input_digest, kept_folder
-from .stages import nearest, progress, read_record, stage
+from .stages import InputError, in_shards, kept_folder, nearest, progress, read_record, stage
 
 # %% ../../nbs/parts/encoders.ipynb #007
 BACKBONES = {  # the paper's, as timm calls them
@@ -218,16 +218,39 @@ TEXT_ENCODERS = {  # names on the Hugging Face hub
     'bertweet-sentiment': 'finiteautomata/bertweet-base-sentiment-analysis',
 }
 
+# %% ../../nbs/parts/encoders.ipynb #031
+def pool_tokens(states: Tensor, mask: Tensor) -> Tensor:  # (N, L, D), (N, L) 1 | 0 → (N, D) mean
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
 # %% ../../nbs/parts/encoders.ipynb #029
 class TextEncoder(NamedTuple):
     "f_t of Fig. 4."
     model: nn.Module
-    tokenizer: object
+    tokenizer: Any
     means: bool      # a text's feature is the mean of its tokens' states, else the first of them
     max_length: int  # tokens that are read
 
-    def embed_texts(self, texts: list[str]) -> np.ndarray:  # N texts → (N, D)
-        return encode_texts(self, texts)
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:  # N texts → (N, D) float32
+        "Each different text once; equal texts get equal features. On the device of the model."
+        unique = sorted(sorted(set(texts)), key=len)  # texts of one length need no padding
+        device = next(self.model.parameters()).device
+        one_thread = threading.Lock()  # a tokenizer serves one at a time
+        how = dict(padding=True, truncation=True, max_length=self.max_length, return_tensors='pt')
+
+        @torch.inference_mode()
+        def compute(start):
+            some = unique[start:start + batch_size]
+            if not self.tokenizer.is_fast:
+                some = [text[:20 * self.max_length] for text in some]
+            with one_thread:
+                batch = self.tokenizer(some, **how).to(device)
+            states = self.model(**batch).last_hidden_state
+            features = pool_tokens(states, batch['attention_mask']) if self.means else states[:, 0]
+            return features.cpu().numpy()
+
+        features = np.concatenate([*map_batches(compute, len(unique), batch_size, 'texts', device)])
+        row = {text: i for i, text in enumerate(unique)}
+        return features[[row[text] for text in texts]]
 
 # %% ../../nbs/parts/encoders.ipynb #030
 def load_text_encoder(
@@ -258,33 +281,6 @@ def load_text_encoder(
         positions = model.config.max_position_embeddings - 2  # RoBERTa's first two are for padding
     return TextEncoder(model.eval(), tokenizer, means, min(max_length, positions))
 
-# %% ../../nbs/parts/encoders.ipynb #031
-def pool_tokens(states: Tensor, mask: Tensor) -> Tensor:  # (N, L, D), (N, L) 1 | 0 → (N, D) mean
-    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-
-# %% ../../nbs/parts/encoders.ipynb #032
-def encode_texts(encoder: TextEncoder, texts: list[str], batch_size: int = 64) -> np.ndarray:
-    "(N, D) float32: each different text once; equal texts get equal features. On the device of the encoder's model."
-    unique = sorted(sorted(set(texts)), key=len)  # texts of one length need no padding
-    device = next(encoder.model.parameters()).device
-    one_thread = threading.Lock()  # a tokenizer serves one at a time
-    how = dict(padding=True, truncation=True, max_length=encoder.max_length, return_tensors='pt')
-
-    @torch.inference_mode()
-    def compute(start):
-        some = unique[start:start + batch_size]
-        if not encoder.tokenizer.is_fast:
-            some = [text[:20 * encoder.max_length] for text in some]
-        with one_thread:
-            batch = encoder.tokenizer(some, **how).to(device)
-        states = encoder.model(**batch).last_hidden_state
-        features = pool_tokens(states, batch['attention_mask']) if encoder.means else states[:, 0]
-        return features.cpu().numpy()
-
-    features = np.concatenate([*map_batches(compute, len(unique), batch_size, 'texts', device)])
-    row = {text: i for i, text in enumerate(unique)}
-    return features[[row[text] for text in texts]]
-
 # %% ../../nbs/parts/encoders.ipynb #035
 def save_backbone(backbone: nn.Module, folder: Path, image_size: int):  # of the pictures it learnt from
     "model.safetensors and config.json, in timm's own key names and layout."
@@ -307,11 +303,11 @@ def read_by(parameters: dict) -> tuple:
     return ('data',) if parameters['text_encoder'] else ('data', 'standins')
 
 # %% ../../nbs/parts/encoders.ipynb #038
-def text_encoder_of(run: Path, parameters: dict = None) -> TextEncoder:
-    "That of the features stage with these parameters; with those that it was run with, where none are given."
-    parameters = parameters or read_record(run / 'features')['parameters']
-    name = parameters['text_encoder'] or run / 'standins' / 'text_encoder'
-    return load_text_encoder(name, parameters['max_length'])
+def text_encoder_of(run: Path, name: str = None) -> TextEncoder:  # as the features stage takes it
+    "The one that the stage was run with, where none is given."
+    if name is None:
+        name = read_record(run / 'features')['parameters']['text_encoder']
+    return load_text_encoder(name or run / 'standins/text_encoder')
 
 # %% ../../nbs/parts/encoders.ipynb #039
 SHARD = 8192  # posts
@@ -351,7 +347,6 @@ def run_features(
     *,
     backbone: str = 'tf_efficientnet_lite0',  # f_v, as `load_backbone` takes it
     text_encoder: str = '',     # f_t, as `load_text_encoder` takes it; '': the demo's
-    max_length: int = 77,       # tokens of a text that are read
     trainable_stages: int = 2,  # how many of its last stages learn; 0: all of it
     views: int = 3,             # augmentations of each post's picture
     train_size: int = 0,        # side of the pictures that frozen stages see in training, pixels; 0: as in data
@@ -364,13 +359,12 @@ def run_features(
         raise InputError(f'image_size={images.shape[1]}, and {backbone} takes {side}. Set image_size={side}.')
     if train_size and not trainable_stages:
         raise InputError(f'train_size={train_size} is for a backbone that has frozen stages. Set trainable_stages.')
-    given = dict(backbone=backbone, text_encoder=text_encoder, max_length=max_length)
-    encoder = text_encoder_of(run, given)
+    encoder = text_encoder_of(run, text_encoder)
     encoder.model.to(best_device())
+    given = dict(backbone=backbone, text_encoder=text_encoder)
     places = [*read_by(given), *map(os.path.abspath, folders_given(given))]
-    inputs = [input_digest(run, place) for place in places]
-    parts = kept_folder(run, 'features', [given, inputs, code_hashes('pacl.parts.encoders')])
-    gather(out / 'text.npy', parts, posts['text'], lambda some: encode_texts(encoder, some))
+    parts = kept_folder(run, 'features', places, ['pacl.parts.encoders'], given)
+    gather(out / 'text.npy', parts, posts['text'], encoder.embed_texts)
     if trainable_stages:
         keep_early(run, out, model, trainable_stages, views, seed, train_size)
     else:

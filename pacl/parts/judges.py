@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import load_set, load_tasks, read_benchmark
+from .data import read_benchmark
 from .encoders import best_device, load_backbone, load_text_encoder, loading, run_frozen
 from .pictures import read_images
 from .readers import parse_source
@@ -229,13 +229,8 @@ def rated_pictures(run: Path, source: str) -> tuple:  # READER/TASK:FOLDER → n
     "Those of the split `train`. Raises InputError where there are too few, or no such ratings."
     reader, task, root = parse_source(source)
     asked = read_record(run / 'data')['parameters']
-    sources = [parse_source(other)[::2] for other in asked['benchmarks']]
-    sets = dict(zip(sources, load_tasks(run)))
-    if (reader, root) in sets:
-        table, images = load_set(run, sets[reader, root])
-    else:
-        table = read_benchmark(reader, root, [task], asked['shares']).table
-        images, table, _ = read_images(table, root, asked['image_size'], run / 'pictures', reader)
+    table = read_benchmark(reader, root, [task], asked['shares']).table
+    images, table, _ = read_images(table, root, asked['image_size'], run / 'pictures', reader)
     rows = np.flatnonzero(table['split'] == 'train')
     if 'valence' not in table or len(rows) < 20:
         raise InputError(

@@ -244,9 +244,16 @@ def link(old: Path, new: Path):
     except OSError:
         shutil.copyfile(old, new)
 
-def kept_folder(run: Path, stage: str, made_from) -> Path:  # run/.kept/STAGE/DIGEST
-    "For the pieces that depend on `made_from`; what the stage made from something else is removed."
-    folder = run / '.kept' / stage / digest(made_from)
+def kept_folder(
+    run: Path,
+    stage: str,
+    reads,     # stages of the run, and absolute paths of the user's
+    modules,   # 'pacl.partition', …
+    settings,
+) -> Path:     # run/.kept/STAGE/DIGEST
+    "For the pieces that depend on all of these; what the stage made from others is removed."
+    inputs = [input_digest(run, name) for name in reads]
+    folder = run / '.kept' / stage / digest([inputs, code_hashes(*modules), settings])
     folder.mkdir(parents=True, exist_ok=True)
     for other in folder.parent.iterdir():
         if other != folder:
