@@ -2,8 +2,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'TABLES', 'OURS_OF', 'TEST', 'RESULTS', 'CELLS', 'PAIR', 'TOLD', 'READ', 'CODE', 'read_paper', 'read_answers',
-           'score_runs', 'differences', 'paper_tables', 'paper_pairs', 'side_of', 'agreement', 'to_markdown',
-           'write_table', 'claims_told', 'run_tables']
+           'score_runs', 'differences', 'paper_tables', 'side_of', 'agreement', 'claims_told', 'run_tables']
 
 # %% ../nbs/07_tables.ipynb #005
 from pathlib import Path
