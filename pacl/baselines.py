@@ -5,7 +5,6 @@ __all__ = ['sentiments', 'sentiment_guided_loss', 'convert_emotionclip', 'PDANet
 
 # %% ../nbs/06_baselines.ipynb #004
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from .parts.encoders import augment, best_device, fit, load_backbone, save_backb
 from .parts.encoders import text_encoder_of, to_input
 from .parts.judges import evaluators_of
 from .parts.readers import malformed
-from .parts.stages import read_record
+from .parts.stages import read_record, write_json
 
 # %% ../nbs/06_baselines.ipynb #007
 def sentiments(texts):  # N → (N, 3) float32, rows sum to 1, none is 0
@@ -296,4 +295,4 @@ def pretrain(
     pd.DataFrame(log).to_csv(folder / 'log.csv', index_label='step')
     record = dict(method='feng', seed=seed, batch_size=batch_size, lr=lr, head_lr=head_lr,
                   steps=len(log), images_seen=4 * n)
-    (folder / 'record.json').write_text(json.dumps(record, indent=1))
+    write_json(folder / 'record.json', record)

@@ -28,7 +28,7 @@ from .parts.encoders import best_device, fit, load_backbone, split_backbone, sta
 from .parts.judges import evaluators_of
 from .parts.readers import POLARITY, Task, folds_of
 from .parts.stages import (InputError, digest, file_hashes, keep, kept_folder,
-                               nearest, progress, read_record, stage)
+                               must_be_known, progress, read_record, stage)
 from .train import read_runs
 
 # %% ../nbs/05_evaluate.ipynb #009
@@ -255,7 +255,7 @@ def zero_shot(
     embed,           # K texts → (K, D) t
 ) -> dict:           # {'zero-shot 1': (n, L) predictions by the first prompt, '… 2': …, '… all': by both together}
     "§4, Table 3."
-    words = [ADJECTIVES.get(name.lower(), name) for name in sum(task.classes, ())]
+    words = [ADJECTIVES.get(name.lower(), name) for name in sum(map(list, task.classes), [])]
     features = {}
     for number, prompt in enumerate(PROMPTS, 1):
         texts = [prompt.format(word) for word in words]
@@ -499,10 +499,7 @@ def run_evaluate(
     "§4.4 and §4.5 as a stage. Raises InputError for a set or a task that is not there or cannot be learnt."
     tasks = load_tasks(run)
     every = list(map('/'.join, pairs(tasks)))
-    for item in datasets:
-        if item not in every:
-            raise InputError(f'datasets: "{item}" is no SET/TASK of {run}/data/tasks.json; '
-                             f'{nearest(item, every)}')
+    for item in datasets: must_be_known(item, every, f'datasets: no SET/TASK of {run}/data/tasks.json is')
     jobs = jobs_of(run, tasks, [tuple(item.split('/')) for item in datasets or every])
     for name in tasks: tasks[name] = level_tasks(tasks[name]) | tasks[name]
     for name, task in {(job.dataset, task) for job in jobs for _, task, _ in job.asked}:

@@ -5,6 +5,7 @@ __all__ = ['PARTITIONS', 'SCALES', 'clip_score', 'emotion_score', 'valence_score
            'plot_gallery', 'run_partition']
 
 # %% ../nbs/01_partition.ipynb #005
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -175,14 +176,14 @@ def embed_posts(run: Path, names: dict) -> np.ndarray:  # {of NAMES: judge} → 
     if 'features' in sources:
         pictures['features'] = np.load(run / 'features/image.npy', mmap_mode='r')
 
-    def begin():
-        judges = load_judges(run, **names)
+    @functools.cache
+    def judges():  # not where nothing is left to ask
+        return load_judges(run, **names)
 
-        def compute(start, stop):
-            some = {name: rows[start:stop] for name, rows in pictures.items()}
-            return embed_pairs(some, posts['text'].tolist()[start:stop], judges)
-        return compute
-    shards = in_shards(folder, len(posts), SHARD, begin, 'pairs')
+    def compute(start, stop):
+        some = {name: rows[start:stop] for name, rows in pictures.items()}
+        return embed_pairs(some, posts['text'].tolist()[start:stop], judges())
+    shards = in_shards(folder, len(posts), SHARD, compute, 'pairs')
     return np.concatenate([np.load(path, mmap_mode='r') for path in shards])
 
 # %% ../nbs/01_partition.ipynb #044

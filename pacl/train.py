@@ -6,7 +6,6 @@ __all__ = ['ALL', 'EACH', 'THREE', 'FACTUAL', 'EMOTIONAL', 'METHODS', 'CHOICES',
 
 # %% ../nbs/04_train.ipynb #004
 import itertools
-import json
 import math
 import os
 import re
@@ -38,8 +37,8 @@ from .parts.data import in_post_order, load_set
 from .parts.encoders import augment, best_device, cosine, id_keys, load_backbone
 from .parts.encoders import load_text_encoder, save_backbone, split_backbone, stage_input
 from .parts.readers import read_table
-from .parts.stages import InputError, converted, digest, figure, keep, kept_folder
-from .parts.stages import link, nearest, progress, read_record, stage
+from .parts.stages import InputError, converted, digest, figure, keep, kept_folder, link
+from .parts.stages import must_be_known, progress, read_json, read_record, stage, write_json
 
 from .partition import LOOKS, PARTITIONS, assign_partition, read_partition
 
@@ -125,9 +124,7 @@ def listed_runs(text_encoders=()):  # what $text_encoders stands for
             choices = {'method': 'pacl'} | line
             choices = {k: v if isinstance(v, list) else [v] for k, v in choices.items()}
             for name in [*choices, *choices['method'], *protocols]:
-                if name not in valid:
-                    raise InputError(f'{LIST}, {group}, {line}: unknown "{name}"; {nearest(str(name), valid)}. '
-                                     'For a method that is new in 04_train, run nbdev_export first.')
+                must_be_known(name, valid, f'{LIST} (after a change of 04_train run nbdev_export), {group}, {line}: unknown')
             for values in itertools.product(*choices.values()):
                 yield group, Run(**dict(zip(choices, values))), protocols, seeds
 
@@ -143,8 +140,7 @@ def asked_runs(
     groups = {group for group, *_ in listed if truth or group != 'when'}
     asked = {'main', *re.sub(r'\b(?=\d)', 'table', tables).replace(',', ' ').split()}  # 1 → table1
     if 'all' in asked: asked = asked - {'all'} | groups - {*ASIDE}
-    for name in asked - groups:
-        raise InputError(f'tables={tables}: {name} is unknown, or needs a known truth; {nearest(name, groups)}')
+    for name in asked: must_be_known(name, groups, f'tables={tables}: not known, or only with a known truth,')
     for method, settings in chosen.items(): train_config({'method': method} | settings)  # InputError
     runs = {}
     for group, run, protocols, seeds in listed:
@@ -423,14 +419,14 @@ def save_run(folder: Path, part: Path, towers: Towers, image_size: int, log: lis
     projectors = {'image_projector': towers.image_projector.weight, 'text_projector': towers.text_projector.weight}
     (new / 'projectors.safetensors').write_bytes(save(projectors))
     pd.DataFrame(log).to_csv(new / 'log.csv', index=False)
-    (new / 'record.json').write_text(json.dumps(record, indent=1))  # no time: equal runs, equal bytes
+    write_json(new / 'record.json', record)  # no time: equal runs, equal bytes
     new.rename(folder)
     shutil.rmtree(part)
 
 def trained_before(folder: Path, config: TrainConfig) -> bool:
     "Raises InputError where it was with other settings."
     if not [*folder.glob('*')]: return False
-    was = json.loads((folder / 'record.json').read_text())
+    was = read_json(folder / 'record.json')
     for name, value in config.origin.items():
         if was[name] != value:
             raise InputError(f'{folder} was left by another run: {name} was {was[name]}, '
@@ -509,8 +505,7 @@ def end_with(parent: int):  # process id
 def train_config(settings: dict) -> TrainConfig:  # name → value
     "Raises InputError for a name that does not exist."
     known = TrainConfig.__dataclass_fields__
-    for name in settings:
-        if name not in known: raise InputError(f'unknown setting "{name}"; {nearest(name, known)}')
+    for name in settings: must_be_known(name, known, 'unknown setting')
     return TrainConfig(**settings)
 
 def enhance(
@@ -530,7 +525,7 @@ def main(run, folder, *given):
     FILE.json: {name: settings}, a folder beside it for each. Settings: """
     folder = Path(folder)
     jobs = {folder.name: yaml.safe_load('\n'.join(given).replace('=', ': ')) or {}}
-    if folder.suffix == '.json': jobs = json.loads(folder.read_text())
+    if folder.suffix == '.json': jobs = read_json(folder)
     configs = {name: train_config(settings) for name, settings in jobs.items()}
     parent = int(os.environ.get('PACL_PARENT', os.getppid()))
     threading.Thread(target=end_with, args=[parent], daemon=True).start()
@@ -588,7 +583,7 @@ def train_all(run: Path, jobs: dict, kept: Path, processes: int):  # {folder bel
     if not left: return
     progress([], f'starting {processes} processes that train', len(jobs), len(jobs) - len(left))
     file = kept / 'jobs.json'
-    file.write_text(json.dumps(left))
+    write_json(file, left)
     start = 'torch.distributed.run --standalone --nnodes=1 --local-addr=127.0.0.1'.split()
     command = [sys.executable, '-m', *start, f'--nproc_per_node={processes}', '-m', 'pacl.train',
                str(run), str(file)]

@@ -490,7 +490,7 @@ def test_attention_phrases_and_clip(evaluated, tmp_path, monkeypatch):
     ('split', {'val': 'train'}, {}, r'data/new.csv lacks train, val or test pictures\. Give it some of each'),
     ('split', {'test': 'val'}, {}, 'data/new.csv lacks train, val or test'),
     ('label', dict.fromkeys(EMOTIONS, 'awe'), {}, 'data/new.csv: the training pictures do not differ in label. Give it'),
-    ('label', {}, {'datasets': ['new/lable']}, 'datasets: "new/lable" is no SET/TASK of .*tasks.json; nearest.* new/label')])
+    ('label', {}, {'datasets': ['new/lable']}, 'datasets: no SET/TASK of .*tasks.json is "new/lable"; nearest.* new/label')])
 def test_what_cannot_be_learnt_or_measured_is_named(evaluated, tmp_path, monkeypatch, column, replaced, given, message):
     run = copy_of(evaluated, tmp_path / 'run', RUNS[:1])
     table = pd.read_csv(run / 'data/new.csv', dtype=str)

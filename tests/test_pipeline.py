@@ -138,7 +138,7 @@ def test_all_current_needs_neither_papermill_nor_torch(quick):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['dmeo'], r'profiles/dmeo.yaml: no such profile; nearest valid: demo'),
+    (['dmeo'], r'profiles/dmeo.yaml: no such profile "dmeo"; nearest valid: demo'),
     (['demo', 'smoke'], r'command line: unknown parameter "smoke"; valid: chosen, folder, kind'),
     (['scael=2'], r'command line: unknown parameter "scael"; nearest valid: scale'),
     (['xyzzy=2'], r'command line: unknown parameter "xyzzy"; valid: chosen, folder, kind, lr, n, scale, seed, slow, stages'),

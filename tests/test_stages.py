@@ -213,10 +213,10 @@ def test_shards_stay_after_a_kill(tmp_path):
     def compute(start, stop):
         done.append(start)
         return np.arange(start, stop) if len(done) != 2 else 1 / 0  # as good as a kill
-    with pytest.raises(ZeroDivisionError): in_shards(tmp_path, 7, 3, lambda: compute, 'rows')
-    files = in_shards(tmp_path, 7, 3, lambda: compute, 'rows')
+    with pytest.raises(ZeroDivisionError): in_shards(tmp_path, 7, 3, compute, 'rows')
+    files = in_shards(tmp_path, 7, 3, compute, 'rows')
     assert done == [0, 3, 3, 6] and np.concatenate([np.load(f) for f in files]).tolist() == [*range(7)]
-    in_shards(tmp_path, 7, 3, None, 'rows')  # nothing left: nothing is begun
+    in_shards(tmp_path, 7, 3, None, 'rows')  # nothing is left
     assert in_shards(tmp_path / 'none', 0, 3, None, 'rows') == []
 
 

@@ -20,11 +20,13 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+import pacl
 from ..parts import encoders
 from ..parts.encoders import map_batches
 from ..parts.pictures import open_picture, upright_rgb
 from ..parts.readers import Files, Task, parse_source, why_missing
-from ..parts.stages import InputError, disk_errors, kept_folder, must_be_a_stages, nearest, read_record, stage, write_stage
+from ..parts.stages import InputError, disk_errors, kept_folder, must_be_a_stages, must_be_known
+from ..parts.stages import read_json, read_record, stage, write_json, write_stage
 
 # %% ../../nbs/app/package.ipynb #005
 @dataclass
@@ -99,8 +101,8 @@ def read_head(folder: Path, dim: int) -> Head | None:  # of a model; D of its fe
     if not (folder / 'head.json').exists():
         return None
     try:
-        about = json.loads((folder / 'head.json').read_text(encoding='utf-8'))
-        head = Head(Task.of(about.pop('task')), **load_file(folder / 'head.safetensors'), about=about)
+        about = read_json(folder / 'head.json')
+        head = Head(Task(**about.pop('task')), **load_file(folder / 'head.safetensors'), about=about)
         head(torch.zeros(1, dim))  # its shapes fit each other
     except Exception as error:
         raise InputError(f'{folder}/head.json and head.safetensors cannot be loaded: {error}. '
@@ -248,7 +250,7 @@ def origin(folder: Path) -> dict:  # of a model: an export's, a run's models/NAM
         return record['about']
     about: dict[str, Any] = {}
     if (folder / 'record.json').is_file():
-        about['settings'] = json.loads((folder / 'record.json').read_text())
+        about['settings'] = read_json(folder / 'record.json')
     run = folder.absolute().parent
     if run.name == 'models':
         run = run.parent
@@ -264,36 +266,6 @@ def origin(folder: Path) -> dict:  # of a model: an export's, a run's models/NAM
     # tumemo:/data/TumEmo → tumemo:TumEmo, for it is handed on
     return json.loads(re.sub(r'(?<=[":])/[^"]*/', '', json.dumps(about)))
 
-# %% ../../nbs/app/package.ipynb #024
-CARD = '''---
-license: {license}
-library_name: timm
-pipeline_tag: image-feature-extraction
-base_model: {base}
-tags: [emotion, contrastive-learning, pacl]
----
-# {base}, enhanced by PACL
-A visual encoder that learnt emotion from what people write beside their pictures
-([arXiv 2511.17103](https://arxiv.org/abs/2511.17103)). `pacl.load("THIS FOLDER")` loads it, and so does
-`timm.create_model("local-dir:THIS FOLDER", pretrained=True, num_classes=0)`. Pictures are squashed
-to {side} pixels a side; features have {dim} numbers. model.onnx, where it is here, takes `pictures`
-(N, 3, {side}, {side}), normalised as config.json says, and gives `features`, and `head` where there is one.
-
-## How it came to be
-{history}
-
-## Results
-{results}
-
-## Intended use, limits, licences
-It is for research on what pictures evoke, which is subjective and bound to culture; it carries the
-biases of labels and posts. It does not say what a person in a picture feels: it is **not for judging people**,
-in hiring, schooling, policing, credit or health. Measure it on your own kind of pictures first.
-
-The weights began as `{base}` (licence: {license}). The terms of text encoder, posts and benchmarks
-may bind what was trained. The demo's pictures are OpenMoji's, CC BY-SA 4.0. Code: `pacl`, Apache-2.0.
-'''
-
 # %% ../../nbs/app/package.ipynb #025
 def model_card(encoder: VisualEncoder, about: dict) -> str:  # of `origin` → markdown, as the hubs read it
     "What is known of a model, and what it is not for."
@@ -308,8 +280,10 @@ def model_card(encoder: VisualEncoder, about: dict) -> str:  # of `origin` → m
         results.append('The head, calibrated on the validation pictures: {benchmark}, {pictures} pictures.'
                        .format(**encoder.head.about))
         results.append(to_markdown(pd.DataFrame(encoder.head.about['scores'])))
-    return CARD.format(base=cfg['architecture'], license=cfg.get('license') or 'other', side=cfg['input_size'][-1],
-                       dim=encoder.backbone.num_features, history='\n'.join(history), results='\n\n'.join(results))
+    template = (Path(pacl.__file__).parent / 'app/card.md').read_text(encoding='utf-8')
+    return template.format(
+        base=cfg['architecture'], license=cfg.get('license') or 'other', side=cfg['input_size'][-1],
+        dim=encoder.backbone.num_features, history='\n'.join(history), results='\n\n'.join(results))
 
 # %% ../../nbs/app/package.ipynb #026
 def export(
@@ -337,7 +311,7 @@ def export(
             tensors = {'weight': encoder.head.weight, 'bias': encoder.head.bias}
             (new / 'head.safetensors').write_bytes(save(tensors))
             described = {'task': asdict(encoder.head.task)} | encoder.head.about
-            (new / 'head.json').write_text(json.dumps(described, indent=1), encoding='utf-8')
+            write_json(new / 'head.json', described)
         if onnx:
             write_onnx(encoder, new / 'model.onnx')
         (new / 'README.md').write_text(model_card(encoder, about), encoding='utf-8')
@@ -370,11 +344,7 @@ def enhance(
     training = TrainConfig.__dataclass_fields__
     known = {*training}.union(*takes.values())
     for name in settings:
-        if name not in known:
-            raise InputError(f'unknown setting "{name}"; {nearest(name, known)}')
-    if not phrases:
-        raise InputError('phrases: Eq. 2 needs adjective-noun pairs. Give phrases="clip-anp:LIST", a file '
-                         'with one adjective_noun a line, or phrases="deepsentibank:FOLDER".')
+        must_be_known(name, known, 'unknown setting')
     initial: Any = encoders.load_backbone(backbone, pretrained=False)  # for its size alone
     kinds = {kind_of(factual), kind_of(phrases)}
     usual = {'scale': 'rank', 'threshold': .53} if kinds & {'imagenet', 'valence'} else {}

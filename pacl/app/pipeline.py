@@ -11,7 +11,6 @@ import datetime
 import fcntl
 import importlib.util
 import inspect
-import json
 import logging
 import os
 import signal
@@ -26,7 +25,7 @@ from typing import Any
 import yaml
 
 import pacl
-from ..parts.stages import InputError, converted, disk_errors, listing, nearest, read_record, why_stale
+from ..parts.stages import InputError, converted, disk_errors, listing, must_be_known, read_json, read_record, why_stale
 
 # %% ../../nbs/app/pipeline.ipynb #005
 ROOT = Path(pacl.__file__).parents[1]
@@ -43,7 +42,7 @@ def shown(path: Path) -> str:
 def parameters_cell(notebook: Path) -> str:  # `name = value  # comment`, one a line, without `run`
     if not notebook.is_file():
         raise InputError(f'{shown(notebook)} is missing: this runs in a clone of the repository')
-    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    cells = read_json(notebook)['cells']
     source = next(cell['source'] for cell in cells if 'parameters' in cell['metadata'].get('tags', []))
     return ''.join(line for line in source if not line.startswith('run = '))
 
@@ -53,9 +52,8 @@ def declared(cell: str) -> dict:  # of `parameters_cell` → {name: default}
 
 # %% ../../nbs/app/pipeline.ipynb #014
 def read_profile(path: Path, data: str) -> dict:  # data/profiles/NAME.yaml; what $DATA stands for
-    if not path.is_file():
-        profiles = [other.stem for other in path.parent.glob('*.yaml')]
-        raise InputError(f'{shown(path)}: no such profile; {nearest(path.stem, profiles)}')
+    profiles = [other.stem for other in path.parent.glob('*.yaml')]
+    must_be_known(path.stem, profiles, f'{shown(path)}: no such profile')
     try:
         return dict(yaml.safe_load(path.read_text(encoding='utf-8').replace('$DATA', data)) or {})
     except (yaml.YAMLError, TypeError, ValueError) as error:
@@ -80,16 +78,14 @@ def read_settings(
     wrong = []
     for place, name, value in asked:
         try:
+            must_be_known(name, defaults, 'unknown parameter')
             values[name] = converted(name, value, defaults[name])
-        except KeyError:
-            wrong.append(f'{place}: unknown parameter "{name}"; {nearest(name, defaults)}')
         except InputError as error:
             wrong.append(f'{place}: {error}')
-    for stage in values['stages']:
-        if stage not in cells:
-            wrong.append(f'unknown stage "{stage}"; {nearest(stage, cells)}')
     if wrong:
         raise InputError('\n'.join(wrong))
+    for stage in values['stages']:
+        must_be_known(stage, cells, 'unknown stage')
     return values
 
 def by_stage(values: dict, cells: dict) -> dict:  # as `read_settings` gives and takes them → {stage: {name: value}}

@@ -6,7 +6,6 @@ __all__ = ['leaks', 'run_data', 'load_set', 'load_tasks', 'check']
 # %% ../../nbs/parts/data.ipynb #005
 import argparse
 import csv
-import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import pandas as pd
 from . import readers
 from .pictures import copies, fingerprints, read_images, write_array
 from .readers import READERS, SHARES, Task, parse_source, read_table, reader_of, stop_at
-from .stages import InputError, link, stage
+from .stages import InputError, link, read_json, stage, write_json
 
 # %% ../../nbs/parts/data.ipynb #011
 def in_post_order(
@@ -163,7 +162,7 @@ def run_data(
         counts[name] = len(table)
     left_out = pd.concat(left_out)
     left_out.to_csv(out / 'rejected.csv', index=False, columns=['set', 'id', 'image', 'reason'])
-    (out / 'tasks.json').write_text(json.dumps(tasks, indent=1))
+    write_json(out / 'tasks.json', tasks)
     return counts | {'leaked': len(leaked), 'rejected': len(left_out)}
 
 # %% ../../nbs/parts/data.ipynb #020
@@ -179,10 +178,10 @@ def load_set(
 def load_tasks(
     run: Path,  # the profile's folder: data/ is read
 ) -> dict:      # {benchmark: {name of the task: Task}}
-    tasks = json.loads((Path(run) / 'data/tasks.json').read_text())
+    tasks = read_json(Path(run) / 'data/tasks.json')
     for about in tasks.values():
         for name, given in about.items():
-            about[name] = Task.of(given)
+            about[name] = Task(**given)
     return tasks
 
 # %% ../../nbs/parts/data.ipynb #022

@@ -6,7 +6,6 @@ __all__ = ['BACKBONES', 'TEXT_ENCODERS', 'best_device', 'load_backbone', 'split_
 
 # %% ../../nbs/parts/encoders.ipynb #005
 import copy
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms import Resize
 
 from .data import load_set, load_tasks
-from .stages import InputError, in_shards, kept_folder, nearest, progress, read_record, stage
+from .stages import InputError, in_shards, kept_folder, must_be_known, progress, read_json, read_record, stage
 
 # %% ../../nbs/parts/encoders.ipynb #007
 BACKBONES = {  # the paper's, as timm calls them
@@ -84,8 +83,8 @@ def load_backbone(
     if '/' in name or is_place:
         full = f'local-dir:{name}' if is_place else f'hf-hub:{name}'
     elif not timm.is_model_pretrained(full):
-        near = nearest(name, [*BACKBONES, *timm.list_models(pretrained=True)])
-        raise InputError(f'backbone={name}: no folder, and no model with weights that timm knows; {near}')
+        known = [*BACKBONES, *timm.list_models(pretrained=True)]
+        must_be_known(name, known, 'backbone: no folder, and no model with weights that timm knows, is')
     with loading(f'backbone: {full}', 'config.json and model.safetensors, as timm keeps them'):
         lite0 = name == 'tf_efficientnet_lite0'
         model = load_lite0() if lite0 else timm.create_model(full, pretrained=pretrained)
@@ -276,7 +275,7 @@ def load_text_encoder(
         tokenizer = AutoTokenizer.from_pretrained(hub)
         tokenizer.normalization = True  # BERTweet's: mentions, links and emoji by name
         pooling = cached_file(hub, '1_Pooling/config.json', _raise_exceptions_for_missing_entries=False)
-        means = bool(pooling) and json.loads(Path(pooling).read_text())['pooling_mode_mean_tokens']
+        means = bool(pooling) and read_json(Path(pooling))['pooling_mode_mean_tokens']
         positions = model.config.max_position_embeddings - 2  # RoBERTa's first two are for padding
     return TextEncoder(model.eval(), tokenizer, means, min(max_length, positions))
 
@@ -313,7 +312,7 @@ SHARD = 8192  # posts
 
 def gather(path: Path, parts: Path, rows, compute) -> None:
     "Writes the .npy of what `compute` makes of the rows; its shards, in `parts`, outlive a killed run."
-    files = in_shards(parts / path.stem, len(rows), SHARD, lambda: lambda i, j: compute(rows[i:j]), path.stem)
+    files = in_shards(parts / path.stem, len(rows), SHARD, lambda i, j: compute(rows[i:j]), path.stem)
     np.save(path, np.concatenate([np.load(file, mmap_mode='r') for file in files]))
 
 # %% ../../nbs/parts/encoders.ipynb #040

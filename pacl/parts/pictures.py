@@ -5,7 +5,6 @@ __all__ = ['NEAR', 'GREY', 'read_images', 'contact_sheet', 'fingerprint', 'finge
 
 # %% ../../nbs/parts/pictures.ipynb #004
 import io
-import json
 import math
 import os
 import posixpath
@@ -20,7 +19,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from .stages import InputError, code_hashes, digest, disk_errors, figure, in_shards, progress
+from .stages import InputError, code_hashes, digest, disk_errors, figure, in_shards, progress, read_json, write_json
 
 # %% ../../nbs/parts/pictures.ipynb #007
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'AVIF', 'JPEG2000')
@@ -153,17 +152,17 @@ def fill_array(rows, root, size, file, list_of_reasons, desc):
     def decode(start, stop):
         images = pool.map(lambda row: image_or_reason(root, row, size), rows[start:stop], chunksize=4)
         reasons = [image if isinstance(image, str) else '' for image in images]
-        (pieces / f'{start:09}.json').write_text(json.dumps(reasons))
+        write_json(pieces / f'{start:09}.json', reasons)
         images = [image for image in images if not isinstance(image, str)]
         return np.array(images, np.uint8).reshape(-1, size, size, 3)
     with ThreadPool() as pool:  # threads: Pillow decodes outside of Python's lock
-        shards = in_shards(pieces, len(rows), BATCH, lambda: decode, desc)
+        shards = in_shards(pieces, len(rows), BATCH, decode, desc)
     reasons = []
     for shard in shards:
-        reasons += json.loads(shard.with_suffix('.json').read_text())
+        reasons += read_json(shard.with_suffix('.json'))
     part = file.with_suffix('.part')
     write_array(part, (reasons.count(''), size, size, 3), map(np.load, shards))
-    list_of_reasons.write_text(json.dumps(reasons))
+    write_json(list_of_reasons, reasons)
     part.rename(file)
     shutil.rmtree(pieces)
 
@@ -185,7 +184,7 @@ def read_images(
         warnings.filterwarnings('ignore', module='PIL')  # of odd headers, amid the progress bar
         if not file.exists() or file.stat().st_mtime_ns > reasons.stat().st_mtime_ns:
             fill_array(rows, root, size, file, reasons, f'{name} pictures'.strip())
-    reason = pd.Series(json.loads(reasons.read_text()), table.index)
+    reason = pd.Series(read_json(reasons), table.index)
     good = reason == ''
     rejected = table[['id', 'image']].assign(reason=reason)[~good].reset_index(drop=True)
     broken = rejected[~rejected['reason'].isin(['no image', *table.get('missing', [])])]

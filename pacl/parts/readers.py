@@ -12,7 +12,7 @@ import posixpath
 import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,21 +23,16 @@ import numpy as np
 import pandas as pd
 
 from .pictures import ENDINGS
-from .stages import InputError, listing, nearest
+from .stages import InputError, listing, must_be_known
 
 # %% ../../nbs/parts/readers.ipynb #007
 @dataclass(frozen=True)
 class Task:
     "What is to be told from a picture (§4.1), and which columns of the table say it."
-    kind: str            # single-label | hierarchical | multi-label | regression
-    columns: tuple       # ('label',), ('level_1', …), one for each class, or ('valence', …)
-    classes: tuple = ()  # of each level the names, in the order of indices; multi-label: one tuple
+    kind: str               # single-label | hierarchical | multi-label | regression
+    columns: Sequence       # ('label',), ('level_1', …), one for each class, or ('valence', …)
+    classes: Sequence = ()  # of each level the names, in the order of indices; multi-label: one tuple
     drawn: bool = field(default=False, compare=False)  # was the split drawn here: neither its owners' nor a split.csv?
-
-    @classmethod
-    def of(cls, given):  # of dataclasses.asdict; JSON makes lists of tuples
-        classes = tuple(map(tuple, given['classes']))
-        return cls(given['kind'], tuple(given['columns']), classes, given.get('drawn', False))
 
     @property
     def chooses(self):  # one class at each level; else numbers
@@ -464,8 +459,7 @@ READERS = {
 
 # %% ../../nbs/parts/readers.ipynb #043
 def reader_of(name):  # in upper or lower case
-    if name.lower() not in READERS:
-        raise InputError(f'no data set "{name}"; {nearest(name, READERS)}.')
+    must_be_known(name.lower(), READERS, 'no data set')
     return READERS[name.lower()]
 
 def parse_source(
@@ -577,8 +571,8 @@ def load(name, root, task):
     "Reads, checks, and looks for the pictures: the table; the first Task of the set, of one's own that which is asked."
     reader = reader_of(name)
     is_own = reader.tasks is OWN
-    if task and not is_own and task not in reader.tasks:
-        raise InputError(f'{name} has no task "{task}"; {nearest(task, reader.tasks)}.')
+    if task and not is_own:
+        must_be_known(task, reader.tasks, f'{name} has no task')
     files = Files(root)
     about = next(iter(reader.tasks.values()))
     paths = list(map(files.annotation, reader.files.split())) or [files.root]

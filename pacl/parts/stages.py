@@ -28,10 +28,21 @@ class InputError(ValueError):
     "What the user can mend: the message names the file, the row and the remedy."
 
 # %% ../../nbs/parts/stages.ipynb #008
-def nearest(name: str, valid) -> str:
-    "For the message about a name that does not exist."
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f'nearest valid: {near[0]}' if near else f'valid: {", ".join(sorted(valid)[:40])}'
+def must_be_known(name: str, valid, what: str):  # 'unknown setting'
+    "Raises InputError with the nearest of the `valid` names, or with all of them."
+    if name not in valid:
+        near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+        known = f'nearest valid: {near[0]}' if near else f'valid: {", ".join(sorted(valid)[:40])}'
+        raise InputError(f'{what} "{name}"; {known}')
+
+def plain(value):  # for json: NumPy's numbers as numbers, all else as text
+    return value.item() if hasattr(value, 'item') else str(value)
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding='utf-8'))
+
+def write_json(path: Path, what):
+    path.write_text(json.dumps(what, indent=1, default=plain), encoding='utf-8')
 
 # %% ../../nbs/parts/stages.ipynb #5e77a902
 def converted(name: str, value, default):  # of a setting
@@ -120,9 +131,6 @@ def code_hashes(*modules: str) -> dict:  # 'pacl.partition', … → {module: ha
     return hashes
 
 # %% ../../nbs/parts/stages.ipynb #021
-def plain(value):  # for json: NumPy's numbers as numbers, all else as text
-    return value.item() if hasattr(value, 'item') else str(value)
-
 def must_be_a_stages(folder: Path):
     "Raises InputError where it holds files that no stage wrote: they would be lost."
     if listing(folder) and not read_record(folder):
@@ -146,7 +154,7 @@ def write_stage(out: Path, record: dict):
             new.mkdir(parents=True)
             yield new
             record['outputs'] = file_hashes(new)
-            (new / 'stage.json').write_text(json.dumps(record, indent=1, default=plain))
+            write_json(new / 'stage.json', record)
             if out.exists():
                 out.rename(old)  # removing it in place could leave half of it beside a valid stage.json
             new.rename(out)
@@ -158,7 +166,7 @@ def write_stage(out: Path, record: dict):
 def read_record(folder: Path) -> dict | None:
     "A stage's stage.json; None where there is none that can be read."
     try:
-        return json.loads((folder / 'stage.json').read_text())
+        return read_json(folder / 'stage.json')
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
@@ -268,15 +276,12 @@ def keep(path: Path, write) -> Path:
     return path
 
 # %% ../../nbs/parts/stages.ipynb #036
-def in_shards(folder: Path, n: int, size: int, begin, desc: str) -> list[Path]:  # .npy, in order
-    """The files of n rows, `size` in each; what is not there yet is computed.
-
-    `begin() → function of (start, stop) → array` is called only where something is left to do."""
+def in_shards(folder: Path, n: int, size: int, compute, desc: str) -> list[Path]:  # .npy, in order
+    "The files of n rows, `size` in each. What is not there yet is made by compute(start, stop) → array."
     import numpy as np
     folder.mkdir(parents=True, exist_ok=True)
     shards = {folder / f'{start:09}.npy': start for start in range(0, n, size)}
     left = [path for path in shards if not path.exists()]
-    compute = begin() if left else None
     for path in progress(left, desc):
         rows = compute(shards[path], min(shards[path] + size, n))
         keep(path, lambda part: np.save(part, rows))
