@@ -15,7 +15,7 @@ import pandas as pd
 from .parts.data import in_post_order, load_set
 from .parts.pictures import contact_sheet
 from .parts.readers import numbers, one_of, read_table
-from .parts.stages import InputError, in_shards, kept_folder, read_record, stage
+from .parts.stages import InputError, in_shards, kept_folder, must_be_known, read_record, stage
 
 # %% ../nbs/01_partition.ipynb #006
 PARTITIONS = ('strong', 'emotional', 'factual', 'weak')
@@ -33,11 +33,10 @@ def pair_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # %% ../nbs/01_partition.ipynb #010
 def rescale(scores: np.ndarray, scale: str) -> np.ndarray:  # (N,) up to 1 → (N,) in [0, 1]
     "clipscore: as they are, but for what is below 0 or above 1 | rank. Raises InputError for another scale."
+    must_be_known(scale, SCALES, 'unknown scale')
     if scale == 'rank':
         from scipy.stats import rankdata
         return (rankdata(scores) - 0.5) / len(scores)  # γ = 0 passes all, γ = 1 none
-    if scale != 'clipscore':
-        raise InputError(f'scale is "{scale}", expected one of {", ".join(SCALES)}')
     return np.clip(scores, 0, 1)  # Eq. 1's max(·, 0)
 
 # %% ../nbs/01_partition.ipynb #011

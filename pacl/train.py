@@ -124,7 +124,7 @@ def listed_runs(text_encoders=()):  # what $text_encoders stands for
             choices = {'method': 'pacl'} | line
             choices = {k: v if isinstance(v, list) else [v] for k, v in choices.items()}
             for name in [*choices, *choices['method'], *protocols]:
-                must_be_known(name, valid, f'{LIST} (after a change of 04_train run nbdev_export), {group}, {line}: unknown')
+                must_be_known(name, valid, f'{LIST}, {group}, {line} (nbdev_export has to follow a change of 04_train): unknown')
             for values in itertools.product(*choices.values()):
                 yield group, Run(**dict(zip(choices, values))), protocols, seeds
 
@@ -185,8 +185,7 @@ class TrainConfig:
         for name, field in self.__dataclass_fields__.items():
             value = converted(name, getattr(self, name), field.default)
             setattr(self, name, value)
-            if value not in CHOICES.get(name, [value]):
-                raise InputError(f'{name} is {value}, expected one of {", ".join(CHOICES[name])}')
+            must_be_known(value, CHOICES.get(name, [value]), f'unknown {name}')
 
     @property
     def origin(self) -> dict:  # what makes the numbers; the others may change on the way

@@ -8,7 +8,8 @@ import test_readers
 from PIL import Image
 from test_pictures import TILES
 
-from pacl.parts.data import check, load_set, load_tasks, main, run_data
+from pacl.app.pipeline import command_line
+from pacl.parts.data import check, load_set, load_tasks, run_data
 from pacl.parts.stages import InputError, read_record, write_stage
 
 COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255)}
@@ -182,7 +183,7 @@ def test_a_dirty_folder_is_told_what_to_do(tmp_path, capsys):
     (root / 'train/joy/1.png').write_bytes(b'')
     test.resize((100, 70)).save(root / 'train/grief/again.jpg', quality=80)
     for i in range(6): Image.new('RGB', (30, 30), 'grey').save(root / f'train/grief/gone {i}.png')
-    assert main(f'check folder {root}'.split()) == 1
+    assert command_line(f'check folder {root}'.split()) == 1
     out = capsys.readouterr().out
     for part in ('19 rows, 17 can be used', 'left out, not an image: 1\n   train/joy/0.png', 'left out, zero bytes: 1',
                  'pictures in two splits: 1\n   train/grief/again.jpg: also a test picture of folder (id test/grief/0.png, near)',

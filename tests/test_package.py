@@ -21,7 +21,7 @@ from test_hub import cut, make_clip
 
 import pacl
 from pacl.app.pipeline import command_line as main
-from pacl.parts.readers import Task
+from pacl.parts.readers import READERS, Task
 from pacl.parts.encoders import save_backbone
 from pacl.app.package import Head, fit_head, load, softening
 from pacl.parts.stages import InputError, read_record, write_stage
@@ -279,6 +279,7 @@ def test_every_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit, match='0'): main([command, '--help'])
     said = capsys.readouterr().out
     assert re.search(r'(?i)examples?:\s+(\./reproduce\.sh|pacl|python -m pacl)', said), said
+    if command == 'check': assert {*READERS} <= {*re.findall(r'[\w-]+', said)}
 
 
 def test_help_does_not_wait_for_torch():

@@ -16,7 +16,8 @@ import nbformat
 import pytest
 
 from pacl.app import pipeline
-from pacl.app.pipeline import declared, main, parameters_cell, read_settings, whats_missing, write_report
+from pacl.app.pipeline import declared, main, must_be_there, parameters_cell, read_settings, write_report
+from pacl.parts.stages import InputError
 from pacl.train import TrainConfig
 
 MODULE = '''
@@ -191,14 +192,15 @@ def test_data_stands_for_a_folder(quick):
     assert folder() == f'set:{Path.cwd()}/some where/A'
 
 
-def lacking(settings, stages, packages): return ['FI.\n   → ask'] * ('total' in stages)
+def lacking(settings, stages, packages):
+    if 'total' in stages: raise InputError('1. FI.')
 
 
 def test_what_is_missing_stops_a_run(quick, monkeypatch, capsys):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')  # as a dry run sets it
-    monkeypatch.setattr(pipeline, 'whats_missing', lacking)
+    monkeypatch.setattr(pipeline, 'must_be_there', lacking)
     assert quick() == 2 and not Path('runs').exists()
-    assert capsys.readouterr().err == '\n1. FI.\n   → ask\n\nMissing: 1. Nothing was run.\n'
+    assert capsys.readouterr().err == '1. FI.\n'
     assert quick('stages=[numbers]') == 0
     monkeypatch.setattr(pipeline, 'expected_seconds', lambda settings: {'total': 7200})
     assert quick('--dry-run') == 2 and re.search(r'numbers +current\ntotal +2:00:00 +never ran', capsys.readouterr().out)
@@ -320,21 +322,28 @@ def no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
 
 
+def missing(*given):
+    with pytest.raises(InputError) as raised: must_be_there(*given)
+    *texts, count = re.split(r'\n\n(?=\d+\. |Missing: )', f'\n{raised.value}')[1:]
+    assert count == f'Missing: {len(texts)}. Nothing was run.'
+    return texts
+
+
 def test_nothing_is_there(no_network, monkeypatch, tmp_path):
     values, stages = profile('tumemo')
     expected = [*(f'README.md, `{name}`' for name in ('tumemo', 'fi', 'emotion-6', 'unbiasedemo', 'webemo', 'emotic', 'emotic', 'iaps')),
                 'backbone: resnet50.a1_in1k', 'Yaxin/roberta-large-ernie2-skep-en', 'ViT-B-32/openai', 'README.md, `deepsentibank`',
                 'finiteautomata']
-    for text, where in zip(whats_missing(values, stages), expected, strict=True):
+    for text, where in zip(missing(values, stages), expected, strict=True):
         assert where in text and ('--data ROOT' in text or 'HF_HOME' in text), text
     values['posts'], values['benchmarks'] = 'tumemo:/nowhere', [f'folder:{tmp_path}', 'folder:/nowhere']
-    posts, own = whats_missing(values, ['data'])
+    posts, own = missing(values, ['data'])
     assert 'tumemo:/nowhere: it is not there' in posts and 'README.md, `folder`' in own
     values['backbone'] = 'resnt50'
-    assert 'nearest valid: resnet50' in whats_missing(values, ['features'])[0]
-    assert whats_missing(*profile('demo')) == []
+    assert 'nearest valid: resnet50' in missing(values, ['features'])[0]
+    must_be_there(*profile('demo'))
     monkeypatch.setattr(pipeline.importlib.util, 'find_spec', lambda name: name != 'ipykernel')
-    kernel, = whats_missing({}, [], ['ipykernel'])
+    kernel, = missing({}, [], ['ipykernel'])
     assert 'the package ipykernel' in kernel and 'pip install "pacl[reproduce]"' in kernel
 
 

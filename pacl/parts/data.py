@@ -4,10 +4,8 @@
 __all__ = ['leaks', 'run_data', 'load_set', 'load_tasks', 'check']
 
 # %% ../../nbs/parts/data.ipynb #005
-import argparse
 import csv
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -231,17 +229,3 @@ def check(
         findings.append(f'published are {published:,} rows\n   → Is the download complete, and is it this set?')
     page += [f'Findings: {len(findings)}', *findings]
     return '\n\n'.join(page), len(findings)
-
-# %% ../../nbs/parts/data.ipynb #025
-def main(
-    argv: Sequence[str],  # check NAME ROOT …
-) -> int:                 # 0: nothing to do, 1: findings
-    parser = argparse.ArgumentParser('pacl check', epilog='Example: pacl check fi /data/FI. What each folder holds: data/README.md')
-    parser.add_argument('name', help=', '.join(READERS))
-    parser.add_argument('root', type=Path, help='folder of the data set')
-    parser.add_argument('--task', help='one of the tasks of the set; the first when left out')
-    args = parser.parse_args(argv[1:])
-    with tempfile.TemporaryDirectory() as cache:
-        page, n = check(args.name.lower(), args.root, args.task, Path(cache))
-    print(page)
-    return int(n > 0)

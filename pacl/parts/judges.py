@@ -286,8 +286,8 @@ class Phrases:
         return self.embed_texts(self.detector.top_phrases(images))
 
 # %% ../../nbs/parts/judges.ipynb #039
-FACTUAL = 'standins', 'open_clip', 'imagenet', 'scores'
-PHRASES = 'standins', 'clip-anp', 'deepsentibank', 'valence', 'scores'
+FACTUAL = 'standins', 'open_clip:MODEL/WEIGHTS', 'imagenet', 'scores:FILE'
+PHRASES = 'standins', 'clip-anp:LIST', 'deepsentibank:FOLDER', 'valence:RATED', 'scores:FILE'
 WHOLE = 'valence', 'scores'  # judge the text too, and need no `sentences`
 
 def kind_of(judge: str) -> str:  # 'valence:oasis:FOLDER' → 'valence'
@@ -301,9 +301,8 @@ def check_judges(judges: list):  # of `asked_of`
     "Raises InputError for a kind that is not known, and for two that do not go together."
     factual, phrases, *_ = judges
     for name, judge, kinds in (('factual', factual, FACTUAL), ('phrases', phrases, PHRASES)):
-        if kind_of(judge) not in kinds:
-            raise InputError(f'{name} is "{judge}", expected one of {", ".join(kinds)}, with what '
-                             'parts/judges says behind its colon')
+        if kind_of(judge) not in map(kind_of, kinds):
+            raise InputError(f'{name} is "{judge}", expected one of {", ".join(kinds)}')
     if kind_of(phrases) == 'clip-anp' and kind_of(factual) not in ('standins', 'open_clip'):
         raise InputError(f'phrases={phrases} asks the CLIP that `factual` names, and factual is "{factual}"')
 

@@ -62,8 +62,8 @@ def converted(name: str, value, default):  # of a setting
     return value
 
 # %% ../../nbs/parts/stages.ipynb #011
-DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST
-DISK_ERRORS += errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP  # of a network drive
+DISK_ERRORS = 'ENOSPC EDQUOT EROFS EACCES EPERM ENOTDIR EISDIR EEXIST'.split()
+DISK_ERRORS += 'ENOLCK ENOSYS ENOTSUP EOPNOTSUPP'.split()  # of a network drive
 
 @contextmanager
 def disk_errors(folder: Path):
@@ -76,7 +76,7 @@ def disk_errors(folder: Path):
         there = next(p for p in [folder, *folder.absolute().parents] if p.is_dir())
         if shutil.disk_usage(there).free < 2**20:
             number = errno.ENOSPC
-        if number not in DISK_ERRORS:
+        if errno.errorcode.get(number) not in DISK_ERRORS:
             raise
         raise InputError(f'{place}: {os.strerror(number).lower()}. Mend that, or run into another '
                          'folder (--runs FOLDER); finished stages are kept.') from error
