@@ -39,7 +39,6 @@ from .parts.encoders import load_text_encoder, save_backbone, split_backbone, st
 from .parts.readers import read_table
 from .parts.stages import InputError, converted, digest, figure, keep, kept_folder, link
 from .parts.stages import must_be_known, progress, read_json, read_record, stage, write_json
-
 from .partition import LOOKS, PARTITIONS, assign_partition, read_partition
 
 # %% ../nbs/04_train.ipynb #006

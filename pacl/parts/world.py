@@ -121,7 +121,7 @@ def draw_pairs(
     topics = np.ones(20) if clean else np.arange(1, 21) ** -.7
     moods = np.ones(8) if clean else np.repeat([.58, .42], 4)
     matched = 1 if clean else .475  # chance that the text has the picture's object, or its emotion
-    silent = 1 if clean else .6     # chance that a text that has not names none
+    silent = 1 if clean else .6     # chance that a text without the picture's object names none
 
     def draw(names, weights, unlike=''):
         weights = weights[:len(names)] * (names != unlike)
