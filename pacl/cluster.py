@@ -15,12 +15,10 @@ from .parts.stages import InputError, input_digest, read_record, stage
 REMEDY = 'Look at the encoder that made them, delete their folder and run again.'
 
 def check_features(features: np.ndarray):  # (N, D), may be memory-mapped
-    "Raises InputError that names the first row that is not finite, or says that all rows are equal."
+    "Raises InputError that names the first row that is not finite."
     wrong = ~np.isfinite(features).all(1)
     if wrong.any():
         raise InputError(f'row {wrong.argmax()} of the features (counted from 0) is not finite. {REMEDY}')
-    if (features == features[0]).all():
-        raise InputError(f'all {len(features)} rows of the features are equal. {REMEDY}')
 
 # %% ../nbs/02_cluster.ipynb #010
 SAMPLE = 20_000  # rows that the 10 starts see
@@ -49,7 +47,7 @@ def cluster_features(
             labels = whole.fit_predict(features)
     found = len(np.unique(labels))
     if found < n_clusters:  # scikit-learn refills a cluster that runs empty, as long as rows differ
-        raise InputError(f'n_clusters (r) is {n_clusters}, but only {found} groups of rows differ')
+        raise InputError(f'n_clusters (r) is {n_clusters}, but only {found} groups of rows differ. {REMEDY}')
     return labels.astype(int)
 
 # %% ../nbs/02_cluster.ipynb #019

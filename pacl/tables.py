@@ -26,11 +26,9 @@ TABLES = ('table1', 'table2', 'table3', 'table4', 'table5')
 OURS_OF = {'ResNet-50': 'resnet50', 'ViT-base': 'vit_base', 'Swin-base': 'swin_base', 'ViT-clip': 'vit_clip'}
 
 def read_paper(
-    name: str,   # of TABLES, or stands
+    name: str,   # of TABLES
 ) -> DataFrame:  # a cell in a row, all text but `paper`: NaN where the paper prints none
     table = pd.read_csv(PAPER / f'{name}.csv', dtype=str, keep_default_na=False)
-    if name == 'stands':
-        return table
     table['paper'] = pd.to_numeric(table.pop('value'))
     table['paper_test'] = table.pop('dataset') + '/' + table.pop('level')
     table['paper_backbone'] = table.pop('backbone').replace(OURS_OF)
@@ -164,7 +162,7 @@ def beside(
     order = is_alone.sort_values(kind='stable').index
     tests = tests[is_alone] if alone else tests.loc[order]
     columns = paper[COLUMN].drop_duplicates()
-    columns = read_paper('stands').merge(columns).merge(tests)
+    columns = pd.read_csv(PAPER / 'stands.csv').merge(columns).merge(tests)
     columns = columns.drop_duplicates(COLUMN).drop_duplicates(OURS)
     lines = columns.merge(paper)
     lines = lines.merge(ours, how='left', on=['run', *OURS])

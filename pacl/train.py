@@ -139,7 +139,7 @@ def asked_runs(
     groups = {group for group, *_ in listed if truth or group != 'when'}
     asked = {'main', *re.sub(r'\b(?=\d)', 'table', tables).replace(',', ' ').split()}  # 1 → table1
     if 'all' in asked: asked = asked - {'all'} | groups - {*ASIDE}
-    for name in asked: must_be_known(name, groups, f'tables={tables}: not known, or only with a known truth,')
+    for name in asked: must_be_known(name, groups, f'tables={tables}: no such runs, or only for posts with a known truth:')
     for method, settings in chosen.items(): train_config({'method': method} | settings)  # InputError
     runs = {}
     for group, run, protocols, seeds in listed:

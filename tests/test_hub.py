@@ -184,7 +184,7 @@ def test_bertweet_reads_tweets(tmp_path):
 # what cannot be had
 
 @pytest.mark.parametrize('load_it, name, says', [
-    (load_backbone, 'vit_bse', 'backbone: no folder, and no model with weights that timm knows, is "vit_bse"; nearest valid: vit_base'),
+    (load_backbone, 'vit_bse', 'backbone: no folder, nor a model that timm has weights for: "vit_bse"; nearest valid: vit_base'),
     (load_backbone, 'vit_base', 'backbone: vit_base_patch16_224.augreg2_in21k_ft_in1k cannot be loaded: '
                                 '.* Give a folder with config.json and model.* its cache .*/hub .*HF_HOME'),
     (load_backbone, 'somebody/model', 'backbone: hf-hub:somebody/model cannot be loaded'),

@@ -339,7 +339,8 @@ def built(tmp_path_factory):
 def test_what_is_in_the_wheel(built):
     wheel, = (built / 'dist').glob('*.whl')
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'pacl').rglob('*.py')} | {'pacl/py.typed', 'pacl/app/card.md'}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'pacl').rglob('*.py')}
+    modules |= {'pacl/py.typed', 'pacl/app/card.md', 'pacl/parts/world.yaml'}
     assert modules == {name for name in names if not name.split('/')[0].endswith('.dist-info')}
     inside = {name.partition('.dist-info/')[2] for name in names}
     assert {'licenses/LICENSE', 'licenses/NOTICE', 'entry_points.txt', 'METADATA'} <= inside

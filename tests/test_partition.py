@@ -176,6 +176,7 @@ def test_a_killed_run_goes_on(run, asked, monkeypatch):
     process.start(); process.join()
     assert process.exitcode == -signal.SIGKILL and len(list(run.glob('.kept/partition/*/*.npy'))) == 3
     run_partition(run, scale='rank', **ASKED)
+    monkeypatch.setattr(judges, 'load_judges', None)  # nothing is left to ask
     run_partition(run, threshold=.3, **ASKED)  # scale and threshold come later
     assert asked == [8] * 4 + [3]
 

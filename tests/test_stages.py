@@ -1,5 +1,6 @@
 "Stage folders: whole or not there, current or made again, and said why."
 import errno
+import importlib
 import os
 import shutil
 import signal
@@ -229,3 +230,14 @@ def test_pieces_are_kept_until_they_would_be_others(tmp_path):
     assert folder.exists()
     kept_folder(tmp_path, 'models', [], [], {'lr': 2})
     assert not folder.exists()
+
+
+def test_pieces_depend_on_what_is_read_and_on_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'data').mkdir()
+    folders = set()
+    for file in ('data/a.txt', 'piece_maker.py', 'piece_maker.yaml', 'data/b.txt'):
+        (tmp_path / file).write_text('1')
+        importlib.invalidate_caches()
+        folders |= {kept_folder(tmp_path, 'models', ['data'], ['piece_maker'], {}) for _ in range(2)}
+    assert len(folders) == 4

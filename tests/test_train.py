@@ -119,8 +119,8 @@ def test_a_profile_asks_for_tables():
     assert all(set(run.folder(0)) <= {*'abcdefghijklmnopqrstuvwxyz0123456789-._'} for run in everything)
 
 
-@pytest.mark.parametrize('tables, says', [('6', 'truth, "table6"; nearest valid: table'), ('txet', 'nearest valid: text'),
-                                          ('when', 'only with a known truth, "when"')])
+@pytest.mark.parametrize('tables, says', [('6', 'truth: "table6"; nearest valid: table'), ('txet', 'nearest valid: text'),
+                                          ('when', 'only for posts with a known truth: "when"')])
 def test_a_table_that_cannot_be_asked_for(tables, says):
     with pytest.raises(InputError, match=says): asked_runs(tables, (), OWN, False)
 

@@ -84,7 +84,7 @@ def test_what_posts_are_about(pairs):
 
 
 def test_clean_pairs_match_and_are_even():
-    table = draw_pairs(np.random.default_rng(0), 4000, clean=True)
+    table = draw_pairs(np.random.default_rng(0), 4000, matching=True)
     assert set(table['partition']) == {'strong'}
     for column, n in (('object', 20), ('emotion', 8)):
         counts = table[column].value_counts()

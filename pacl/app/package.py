@@ -335,7 +335,7 @@ def enhance(
     from pacl.app.pipeline import must_be_there
     from pacl.cluster import run_cluster
     from pacl.parts.data import run_data
-    from pacl.parts.judges import WHOLE, kind_of
+    from pacl.parts.judges import WHOLE, asked_of, check_judges, kind_of
     from pacl.partition import run_partition
     from pacl.train import CODE, READS, Posts, TrainConfig, train
     run = Path(out)
@@ -345,6 +345,7 @@ def enhance(
     known = {*training}.union(*takes.values())
     for name in settings:
         must_be_known(name, known, 'unknown setting')
+    check_judges(asked_of(factual, phrases, sentences))
     initial: Any = encoders.load_backbone(backbone, pretrained=False)  # for its size alone
     kinds = {kind_of(factual), kind_of(phrases)}
     usual = {'scale': 'rank', 'threshold': .53} if kinds & {'imagenet', 'valence'} else {}

@@ -67,7 +67,7 @@ def read_settings(
     cells: dict,          # {stage: its `parameters_cell`}, in order
     data: str = '$DATA',  # what $DATA stands for
 ) -> dict:                # {name: value}, complete; `stages` among them
-    "Raises InputError with all names that are unknown and all values of the wrong type."
+    "Raises InputError with all keys that are unknown and all values that do not fit."
     defaults: dict = {'stages': list(cells)}
     for cell in cells.values():
         defaults |= declared(cell)

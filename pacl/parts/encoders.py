@@ -84,7 +84,7 @@ def load_backbone(
         full = f'local-dir:{name}' if is_place else f'hf-hub:{name}'
     elif not timm.is_model_pretrained(full):
         known = [*BACKBONES, *timm.list_models(pretrained=True)]
-        must_be_known(name, known, 'backbone: no folder, and no model with weights that timm knows, is')
+        must_be_known(name, known, 'backbone: no folder, nor a model that timm has weights for:')
     with loading(f'backbone: {full}', 'config.json and model.safetensors, as timm keeps them'):
         lite0 = name == 'tf_efficientnet_lite0'
         model = load_lite0() if lite0 else timm.create_model(full, pretrained=pretrained)
@@ -216,11 +216,11 @@ TEXT_ENCODERS = {  # names on the Hugging Face hub
     'bertweet-sentiment': 'finiteautomata/bertweet-base-sentiment-analysis',
 }
 
-# %% ../../nbs/parts/encoders.ipynb #031
+# %% ../../nbs/parts/encoders.ipynb #029
 def pool_tokens(states: Tensor, mask: Tensor) -> Tensor:  # (N, L, D), (N, L) 1 | 0 → (N, D) mean
     return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
-# %% ../../nbs/parts/encoders.ipynb #029
+# %% ../../nbs/parts/encoders.ipynb #030
 class TextEncoder(NamedTuple):
     "f_t of Fig. 4."
     model: nn.Module
@@ -250,7 +250,7 @@ class TextEncoder(NamedTuple):
         row = {text: i for i, text in enumerate(unique)}
         return features[[row[text] for text in texts]]
 
-# %% ../../nbs/parts/encoders.ipynb #030
+# %% ../../nbs/parts/encoders.ipynb #031
 def load_text_encoder(
     name: str | Path,      # minilm, of TEXT_ENCODERS or the hub, or a folder
     max_length: int = 77,  # tokens; fewer where the model has fewer positions (BERTweet: 128)
@@ -279,7 +279,7 @@ def load_text_encoder(
         positions = model.config.max_position_embeddings - 2  # RoBERTa's first two are for padding
     return TextEncoder(model.eval(), tokenizer, means, min(max_length, positions))
 
-# %% ../../nbs/parts/encoders.ipynb #035
+# %% ../../nbs/parts/encoders.ipynb #034
 def save_backbone(backbone: nn.Module, folder: Path, image_size: int):  # of the pictures it learnt from
     "model.safetensors and config.json, in timm's own key names and layout."
     from timm.models import save_for_hf
@@ -291,7 +291,7 @@ def save_backbone(backbone: nn.Module, folder: Path, image_size: int):  # of the
     # safetensors writes files that their owner alone may read
     (folder / 'model.safetensors').chmod((folder / 'config.json').stat().st_mode)
 
-# %% ../../nbs/parts/encoders.ipynb #037
+# %% ../../nbs/parts/encoders.ipynb #036
 def folders_given(parameters: dict) -> list:
     "Those parameters of the stage that are folders of the user's."
     names = parameters['backbone'], parameters['text_encoder']
@@ -300,14 +300,14 @@ def folders_given(parameters: dict) -> list:
 def read_by(parameters: dict) -> tuple:
     return ('data',) if parameters['text_encoder'] else ('data', 'standins')
 
-# %% ../../nbs/parts/encoders.ipynb #038
+# %% ../../nbs/parts/encoders.ipynb #037
 def text_encoder_of(run: Path, name: str = None) -> TextEncoder:  # as the features stage takes it
     "The one that the stage was run with, where none is given."
     if name is None:
         name = read_record(run / 'features')['parameters']['text_encoder']
     return load_text_encoder(name or run / 'standins/text_encoder')
 
-# %% ../../nbs/parts/encoders.ipynb #039
+# %% ../../nbs/parts/encoders.ipynb #038
 SHARD = 8192  # posts
 
 def gather(path: Path, parts: Path, rows, compute) -> None:
@@ -315,7 +315,7 @@ def gather(path: Path, parts: Path, rows, compute) -> None:
     files = in_shards(parts / path.stem, len(rows), SHARD, lambda i, j: compute(rows[i:j]), path.stem)
     np.save(path, np.concatenate([np.load(file, mmap_mode='r') for file in files]))
 
-# %% ../../nbs/parts/encoders.ipynb #040
+# %% ../../nbs/parts/encoders.ipynb #039
 def keep_early(run: Path, out: Path, model: nn.Module, n_trainable: int, views: int, seed: int, train_size: int):
     "early_*.npy, outputs of the frozen stages in float16, and image.npy, the features of the posts."
     frozen, trainable = split_backbone(model, n_trainable)
@@ -337,7 +337,7 @@ def keep_early(run: Path, out: Path, model: nn.Module, n_trainable: int, views: 
         _, images = load_set(run, name)
         run_frozen(frozen, images, name, model, out=early(name, frozen, len(images)))
 
-# %% ../../nbs/parts/encoders.ipynb #041
+# %% ../../nbs/parts/encoders.ipynb #040
 @stage('features', reads=read_by, outside=folders_given)
 def run_features(
     run: Path,                  # the profile's folder

@@ -26,7 +26,7 @@ from .pictures import ENDINGS
 from .stages import InputError, listing, must_be_known
 
 # %% ../../nbs/parts/readers.ipynb #007
-@dataclass(frozen=True)
+@dataclass
 class Task:
     "What is to be told from a picture (§4.1), and which columns of the table say it."
     kind: str               # single-label | hierarchical | multi-label | regression

@@ -29,11 +29,13 @@ class InputError(ValueError):
 
 # %% ../../nbs/parts/stages.ipynb #008
 def must_be_known(name: str, valid, what: str):  # 'unknown setting'
-    "Raises InputError with the nearest of the `valid` names, or with all of them."
-    if name not in valid:
+    "Raises InputError with the nearest of the `valid` names, and with all where they are few."
+    if name not in list(valid):
         near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
-        known = f'nearest valid: {near[0]}' if near else f'valid: {", ".join(sorted(valid)[:40])}'
-        raise InputError(f'{what} "{name}"; {known}')
+        known = [f'nearest valid: {other}' for other in near]
+        if not near or len(valid) < 17:
+            known.append(f'valid: {", ".join(sorted(valid)[:40])}')
+        raise InputError(f'{what} "{name}"; {"; ".join(known)}')
 
 def plain(value):  # for json: NumPy's numbers as numbers, all else as text
     return value.item() if hasattr(value, 'item') else str(value)
@@ -44,11 +46,12 @@ def read_json(path: Path):
 def write_json(path: Path, what):
     path.write_text(json.dumps(what, indent=1, default=plain), encoding='utf-8')
 
-# %% ../../nbs/parts/stages.ipynb #5e77a902
+# %% ../../nbs/parts/stages.ipynb #011
 def converted(name: str, value, default):  # of a setting
     "The value in the type of its default. Raises InputError with what was expected."
     kind = type(default)
-    with suppress(TypeError, ValueError, yaml.YAMLError):
+    value = value.item() if hasattr(value, 'item') else value  # NumPy's
+    with suppress(TypeError, ValueError, OverflowError, yaml.YAMLError):
         if isinstance(value, str) and kind is not str:  # of the command line
             value = yaml.safe_load(value)
         if kind is float:
@@ -61,7 +64,7 @@ def converted(name: str, value, default):  # of a setting
         raise InputError(f'{name} is {value!r}, expected {kind.__name__} such as {default!r}')
     return value
 
-# %% ../../nbs/parts/stages.ipynb #011
+# %% ../../nbs/parts/stages.ipynb #014
 DISK_ERRORS = 'ENOSPC EDQUOT EROFS EACCES EPERM ENOTDIR EISDIR EEXIST'.split()
 DISK_ERRORS += 'ENOLCK ENOSYS ENOTSUP EOPNOTSUPP'.split()  # of a network drive
 
@@ -81,13 +84,13 @@ def disk_errors(folder: Path):
         raise InputError(f'{place}: {os.strerror(number).lower()}. Mend that, or run into another '
                          'folder (--runs FOLDER); finished stages are kept.') from error
 
-# %% ../../nbs/parts/stages.ipynb #014
+# %% ../../nbs/parts/stages.ipynb #017
 LITTER = {'thumbs.db', 'ehthumbs.db', 'desktop.ini', '@eadir', '@recycle', '#recycle', '$recycle.bin', '__macosx', 'lost+found'}
 
 def is_litter(name: str) -> bool:  # of a file or a folder, without its path
     return name.startswith('.') or name.casefold() in LITTER
 
-# %% ../../nbs/parts/stages.ipynb #015
+# %% ../../nbs/parts/stages.ipynb #018
 def listing(folder: Path) -> dict:  # or one file, '.' then → {relative path: (bytes, nanoseconds)}
     "All that is data, without reading it. Links are followed."
     paths = [folder]
@@ -105,7 +108,7 @@ def listing(folder: Path) -> dict:  # or one file, '.' then → {relative path: 
         files[os.path.relpath(path, folder)] = facts.st_size, facts.st_mtime_ns
     return files
 
-# %% ../../nbs/parts/stages.ipynb #017
+# %% ../../nbs/parts/stages.ipynb #020
 @functools.cache
 def hash_file(path: Path, size: int, changed: int) -> str:
     "Size and time only tell whether the file must be read again in this process."
@@ -121,16 +124,18 @@ def digest(what) -> str:
     "One hash for all: the hashes of a folder, settings, a syntax tree as text."
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
-# %% ../../nbs/parts/stages.ipynb #019
+# %% ../../nbs/parts/stages.ipynb #022
 def code_hashes(*modules: str) -> dict:  # 'pacl.partition', … → {module: hash}, '' without a file
+    "Of a module, and of a .yaml beside it that has its name."
     hashes = dict.fromkeys(modules, '')
     for name in modules:
         with suppress(AttributeError, ImportError, ValueError, OSError):  # a notebook, or a module that is gone
-            source = Path(importlib.util.find_spec(name).origin).read_bytes()
-            hashes[name] = digest(ast.dump(ast.parse(source)))
+            source = Path(importlib.util.find_spec(name).origin)
+            tree = ast.dump(ast.parse(source.read_bytes()))
+            hashes[name] = digest([tree, file_hashes(source.with_suffix('.yaml'))])
     return hashes
 
-# %% ../../nbs/parts/stages.ipynb #021
+# %% ../../nbs/parts/stages.ipynb #024
 def must_be_a_stages(folder: Path):
     "Raises InputError where it holds files that no stage wrote: they would be lost."
     if listing(folder) and not read_record(folder):
@@ -162,7 +167,7 @@ def write_stage(out: Path, record: dict):
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)
 
-# %% ../../nbs/parts/stages.ipynb #022
+# %% ../../nbs/parts/stages.ipynb #025
 def read_record(folder: Path) -> dict | None:
     "A stage's stage.json; None where there is none that can be read."
     try:
@@ -170,7 +175,7 @@ def read_record(folder: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
-# %% ../../nbs/parts/stages.ipynb #025
+# %% ../../nbs/parts/stages.ipynb #028
 WHY = {'parameters': '{} was {}, is {}', 'inputs': '{} changed', 'code': '{} changed',
        'outputs': '{} is not as the stage left it'}
 
@@ -193,7 +198,7 @@ def why_stale(folder: Path, parameters: dict) -> str | None:  # in words; None: 
                 reasons.append(words.format(name, before, after))
     return '; '.join(reasons[:3]) or None
 
-# %% ../../nbs/parts/stages.ipynb #027
+# %% ../../nbs/parts/stages.ipynb #030
 PACKAGES = 'torch', 'timm', 'open_clip_torch', 'transformers', 'scikit-learn', 'numpy', 'pillow'
 
 def surroundings() -> dict:
@@ -203,7 +208,7 @@ def surroundings() -> dict:
     return {'packages': {name: importlib.metadata.version(name) for name in PACKAGES},
             'device': torch.cuda.get_device_name() if on_gpu else f'{os.cpu_count()} CPU cores'}
 
-# %% ../../nbs/parts/stages.ipynb #028
+# %% ../../nbs/parts/stages.ipynb #031
 def stage(
     name: str,  # its folder below `run`
     reads=(),   # the stages whose folders it reads, or a function of the parameters that says which
@@ -242,7 +247,7 @@ def stage(
         return run_stage
     return decorate
 
-# %% ../../nbs/parts/stages.ipynb #032
+# %% ../../nbs/parts/stages.ipynb #035
 def link(old: Path, new: Path):
     "One file under two names; a copy where the stage's folder is a link to another disk."
     try:
@@ -266,7 +271,7 @@ def kept_folder(
             shutil.rmtree(other, ignore_errors=True)  # another process may be at it
     return folder
 
-# %% ../../nbs/parts/stages.ipynb #033
+# %% ../../nbs/parts/stages.ipynb #036
 def keep(path: Path, write) -> Path:
     "Where the piece, a file or a folder, is not there: `write(temporary path)` makes it."
     if not path.exists():
@@ -275,7 +280,7 @@ def keep(path: Path, write) -> Path:
         part.rename(path)
     return path
 
-# %% ../../nbs/parts/stages.ipynb #036
+# %% ../../nbs/parts/stages.ipynb #039
 def in_shards(folder: Path, n: int, size: int, compute, desc: str) -> list[Path]:  # .npy, in order
     "The files of n rows, `size` in each. What is not there yet is made by compute(start, stop) → array."
     import numpy as np
@@ -287,7 +292,7 @@ def in_shards(folder: Path, n: int, size: int, compute, desc: str) -> list[Path]
         keep(path, lambda part: np.save(part, rows))
     return list(shards)
 
-# %% ../../nbs/parts/stages.ipynb #038
+# %% ../../nbs/parts/stages.ipynb #041
 def progress(iterable, desc: str, total=None, done=0):  # total: where it has no length; done: before
     "tqdm on the terminal that PACL_PROGRESS names, else on stderr once it takes longer than 2 s."
     how = {'delay': 2}
@@ -296,7 +301,7 @@ def progress(iterable, desc: str, total=None, done=0):  # total: where it has no
         how = {'file': open(os.environ['PACL_PROGRESS'], 'a'), 'leave': False, 'bar_format': shown}
     return tqdm(iterable, desc, total, initial=done, mininterval=.5, **how)
 
-# %% ../../nbs/parts/stages.ipynb #040
+# %% ../../nbs/parts/stages.ipynb #043
 def figure(width: float, height: float):  # inches → matplotlib's Figure
     "All figures start here."
     import matplotlib.pyplot as plt

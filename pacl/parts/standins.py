@@ -21,7 +21,7 @@ from .encoders import fit, load_backbone, load_text_encoder
 from .encoders import pool_tokens, run_frozen, split_backbone
 from .judges import Detector
 from .stages import read_record, stage
-from .world import CAPTION_WORDS, EMOTIONS, OBJECTS, POST_WORDS, SOURCE, WORLD
+from .world import CAPTION_WORDS, EMOTIONS, OBJECTS, POST_WORDS, WORLD
 
 # %% ../../nbs/parts/standins.ipynb #007
 TUNING_WORDS = WORLD['tuning_words']  # {emotion: words, with blanks between}
@@ -84,7 +84,7 @@ def tune_text_encoder(model, tokenizer, words, steps=80, seed=0):
 
 # %% ../../nbs/parts/standins.ipynb #014
 ADJECTIVES = ' '.join(CAPTION_WORDS.values()).split()  # 24
-KINDS = list(OBJECTS)                                # 20
+KINDS = list(OBJECTS)                                  # 20
 
 class Evaluators(nn.Module, Detector):
     "The factual evaluator of Eq. 1 and the detector of adjective-noun pairs, on one network."
@@ -159,7 +159,7 @@ def tune_evaluators(evaluators, images, captions, epochs=4, seed=0):
     return last_losses(fit(groups, loss_of, batches, 'evaluators'))
 
 # %% ../../nbs/parts/standins.ipynb #020
-@stage('standins', reads=('data',), outside=lambda parameters: [SOURCE], code=('pacl.parts.encoders', 'pacl.parts.world'))
+@stage('standins', reads=('data',), code=('pacl.parts.encoders', 'pacl.parts.world'))
 def run_standins(
     run: Path,                  # the profile's folder: data/ is read
     out: Path,                  # given by @stage

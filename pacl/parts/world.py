@@ -19,7 +19,7 @@ import pacl
 from .stages import progress, stage
 
 # %% ../../nbs/parts/world.ipynb #007
-SOURCE = Path(pacl.__file__).parents[1] / 'data/world.yaml'
+SOURCE = Path(pacl.__file__).parent / 'parts/world.yaml'  # counts as this module's code
 WORLD = yaml.safe_load(SOURCE.read_text(encoding='utf-8'))
 OBJECTS = WORLD['objects']    # {kind: glyphs, with blanks between}
 EMOTIONS = WORLD['emotions']
@@ -112,16 +112,16 @@ TRUTH = 'object emotion text_object text_emotion factual emotional partition'.sp
 
 def draw_pairs(
     rng,
-    n,            # pairs
-    clean=False,  # every text matches, and all objects and emotions are equally frequent
-):                # → TRUTH; a text_object '' is none
+    n,               # pairs
+    matching=False,  # all texts match, and all objects and emotions are equally frequent
+):                   # → TRUTH; a text_object '' is none
     "What each post shows and says."
     kinds = np.array(list(OBJECTS))
     emotions = np.array(list(EMOTIONS))
-    topics = np.ones(20) if clean else np.arange(1, 21) ** -.7
-    moods = np.ones(8) if clean else np.repeat([.58, .42], 4)
-    matched = 1 if clean else .475  # chance that the text has the picture's object, or its emotion
-    silent = 1 if clean else .6     # chance that a text without the picture's object names none
+    topics = np.ones(20) if matching else np.arange(1, 21) ** -.7
+    moods = np.ones(8) if matching else np.repeat([.58, .42], 4)
+    matched = 1 if matching else .475  # chance that the text has the picture's object, or its emotion
+    silent = 1 if matching else .6     # that one without its object names none; 1: for the same draws
 
     def draw(names, weights, unlike=''):
         weights = weights[:len(names)] * (names != unlike)
@@ -180,7 +180,7 @@ FILES = {  # of each set, and its columns
     'seen': ('labels.csv', 'id image split label object'),
     'mixed': ('labels.csv', 'id image split labels valence')}
 
-@stage('world', outside=lambda parameters: [SOURCE])
+@stage('world')
 def run_world(
     run: Path,              # the profile's folder
     out: Path,              # given by @stage
@@ -199,7 +199,7 @@ def run_world(
     for number, (name, (file, columns)) in enumerate(FILES.items()):
         rng = np.random.default_rng((seed, number))
         n = sizes.get(name, len(splits))
-        table = draw_pairs(rng, n, clean=name != 'posts')
+        table = draw_pairs(rng, n, matching=name != 'posts')
         table['id'] = [f'{i:05d}' for i in range(n)]
         table['image'] = 'images/' + table['id'] + '.png'
         emotions = signs = table['emotion']
