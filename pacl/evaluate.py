@@ -452,7 +452,7 @@ def evaluate(run, job, tasks, *, probe_epochs, fine_tune_epochs, backbone_lr, fo
     table, inputs = benchmark_inputs(run, job.dataset)
     features = functools.cache(lambda: fixed_features(run, job))  # once, when they are first needed
 
-    def answer(protocol, task, own_seed, train, val, asked):
+    def answer(protocol, task, n_folds, own_seed, train, val, asked):
         if protocol == 'zero-shot': return zero_shot_answers(run, job, task, asked, features)
         order = seed + own_seed
         y = task.targets(table)
@@ -460,8 +460,7 @@ def evaluate(run, job, tasks, *, probe_epochs, fine_tune_epochs, backbone_lr, fo
             y[train] = y[np.random.default_rng(order).permutation(train)]
         def given(x): return (x[train], y[train]), (x[val], y[val]), x[asked]
         if protocol in LINEAR:
-            if task.kind == 'regression' and folded(task, table, folds):
-                return {protocol: ridge_probe(*given(features()))}
+            if n_folds and task.kind == 'regression': return {protocol: ridge_probe(*given(features()))}
             return {protocol: linear_probe(*given(features()), task, epochs=probe_epochs, seed=order)}
         with BUILDING:
             backbone = learning_stages(run, job.folder)
@@ -474,8 +473,9 @@ def evaluate(run, job, tasks, *, probe_epochs, fine_tune_epochs, backbone_lr, fo
     tables = []
     for protocol, name, own_seed in job.asked:
         label = f'{job.run} + PDANet' if protocol == 'pdanet' else job.run
-        for rows in turns_of(table, protocol, folded(tasks[name], table, folds)):
-            answers = answer(protocol, tasks[name], own_seed, *rows)
+        n_folds = folded(tasks[name], table, folds)
+        for rows in turns_of(table, protocol, n_folds):
+            answers = answer(protocol, tasks[name], n_folds, own_seed, *rows)
             for written, predictions in answers.items():
                 answered = prediction_rows(table.iloc[rows[-1]], tasks[name], predictions)
                 tables.append(answered.assign(run=label, protocol=written, task=name, seed=own_seed))

@@ -199,7 +199,7 @@ def test_one_clip_serves_both_equations(hub_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('factual, phrases, says', [
-    ('clip', 'standins', 'factual is "clip", expected one of standins, open_clip:MODEL.WEIGHTS, imagenet'),
+    ('clip', 'standins', 'factual is "clip", expected one of standins, open_clip:MODEL/WEIGHTS, imagenet'),
     ('open_clip:no/where', 'sentibank:x', 'phrases is "sentibank:x", expected .*clip-anp'),
     ('imagenet', 'clip-anp:x', 'phrases=clip-anp:x asks the CLIP'),
 ])

@@ -53,7 +53,8 @@ def test_equations_1_and_2_and_their_ranks():
 
 @pytest.mark.filterwarnings('ignore:invalid value')
 def test_wrong_numbers_and_scales():
-    with pytest.raises(InputError, match='unknown scale "clipscor"; nearest valid: clipscore'): rescale(np.ones(4), 'clipscor')
+    says = 'unknown scale "clipscor"; nearest valid: clipscore; valid: clipscore, rank'
+    with pytest.raises(InputError, match=says): rescale(np.ones(4), 'clipscor')
     for number in (np.nan, -np.inf):
         score = clip_score(np.ones((4, 3)), np.where(np.arange(4)[:, None] == 3, number, np.ones((4, 3))))
         with pytest.raises(ValueError, match='row 3 .*no number'): assign_partition(score, np.ones(4))
@@ -213,9 +214,10 @@ def test_a_truth_of_other_posts_is_refused(run):
     assert not (run / 'partition').exists()
 
 
-@pytest.mark.parametrize('name, value', [('threshold', -.1), ('scale', 'ranks')])
-def test_a_wrong_setting_stops_before_any_encoder(run, asked, name, value):
-    with pytest.raises(InputError, match=f'{name} .*{value}'): run_partition(run, **{name: value})
+@pytest.mark.parametrize('name, value, says', [('threshold', -.1, 'threshold .*-0.1, expected'),
+                                              ('scale', 'ranks', 'scale "ranks"; .* clipscore, rank')])
+def test_a_wrong_setting_stops_before_any_encoder(run, asked, name, value, says):
+    with pytest.raises(InputError, match=says): run_partition(run, **{name: value})
     assert not asked and not (run / 'partition').exists()
 
 

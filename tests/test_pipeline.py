@@ -338,7 +338,7 @@ def test_nothing_is_there(no_network, monkeypatch, tmp_path):
         assert where in text and ('--data ROOT' in text or 'HF_HOME' in text), text
     values['posts'], values['benchmarks'] = 'tumemo:/nowhere', [f'folder:{tmp_path}', 'folder:/nowhere']
     posts, own = missing(values, ['data'])
-    assert 'tumemo:/nowhere: it is not there' in posts and 'README.md, `folder`' in own
+    assert '1. tumemo:/nowhere: it is not there' in posts and own.startswith('2. folder:') and 'README.md, `folder`' in own
     values['backbone'] = 'resnt50'
     assert 'nearest valid: resnet50' in missing(values, ['features'])[0]
     must_be_there(*profile('demo'))

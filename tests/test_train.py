@@ -94,7 +94,8 @@ def trained(posts, tmp_path_factory):
 # settings and the list of runs
 
 @pytest.mark.parametrize('wrong, says', [
-    ({'method': 'palc'}, 'unknown method "palc"; nearest valid: pacl'), ({'method': 'initial'}, 'unknown method'),
+    ({'method': 'palc'}, 'unknown method "palc"; nearest valid: pacl; valid: .* strong, .*unpartitioned'),
+    ({'method': 'initial'}, 'unknown method "initial"; .* valid: curriculum, '),
     ({'epochs': 0}, 'epochs is 0, expected int such as 3'), ({'workers': -1}, 'workers is -1'),
     ({'lr': 0}, 'lr is 0.0, expected float such as 0.0001'), ({'projector_lr': math.inf}, 'projector_lr is inf'),
     ({'temperature': math.nan}, 'is nan'), ({'lr': '-1e-4'}, 'expected float')])

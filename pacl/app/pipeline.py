@@ -81,8 +81,9 @@ def read_settings(
         try:
             must_be_known(name, defaults, 'unknown parameter')
             values[name] = converted(name, value, defaults[name])
-            for stage in values[name] if name == 'stages' else []:
-                must_be_known(stage, cells, 'unknown stage')
+            if name == 'stages':
+                for stage in values[name]:
+                    must_be_known(stage, cells, 'unknown stage')
         except InputError as error:
             wrong.append(f'{place}: {error}')
     if wrong:

@@ -21,10 +21,10 @@ from .encoders import fit, load_backbone, load_text_encoder
 from .encoders import pool_tokens, run_frozen, split_backbone
 from .judges import Detector
 from .stages import read_record, stage
-from .world import CAPTION_WORDS, EMOTIONS, OBJECTS, POST_WORDS, WORLD
+from .world import CAPTION_WORDS, CONTENT, EMOTIONS, OBJECTS, POST_WORDS, TEMPLATES
 
 # %% ../../nbs/parts/standins.ipynb #007
-TUNING_WORDS = WORLD['tuning_words']  # {emotion: words, with blanks between}
+TUNING_WORDS = CONTENT['tuning_words']  # {emotion: words, with blanks between}
 
 # %% ../../nbs/parts/standins.ipynb #008
 def tuning_words():  # → word, valence (−4 to 4, or NaN), emotion (index or −1)
@@ -65,7 +65,7 @@ def tune_text_encoder(model, tokenizer, words, steps=80, seed=0):
     batches = []
     for _ in range(steps):
         batch = pd.concat([kind.sample(32, random_state=rng) for kind in kinds])
-        batch['text'] = [rng.choice(WORLD['templates']['tuning']).format(w=word) for word in batch.word]
+        batch['text'] = [rng.choice(TEMPLATES['tuning']).format(w=word) for word in batch.word]
         batches.append(batch)
 
     def loss_of(batch):

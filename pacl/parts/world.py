@@ -20,10 +20,10 @@ from .stages import progress, stage
 
 # %% ../../nbs/parts/world.ipynb #007
 SOURCE = Path(pacl.__file__).parent / 'parts/world.yaml'  # counts as this module's code
-WORLD = yaml.safe_load(SOURCE.read_text(encoding='utf-8'))
-OBJECTS = WORLD['objects']    # {kind: glyphs, with blanks between}
-EMOTIONS = WORLD['emotions']
-CLUTTER = WORLD['clutter']
+CONTENT = yaml.safe_load(SOURCE.read_text(encoding='utf-8'))
+OBJECTS = CONTENT['objects']    # {kind: glyphs, with blanks between}
+EMOTIONS = CONTENT['emotions']
+CLUTTER = CONTENT['clutter']
 POSITIVE = list(EMOTIONS)[:4]
 
 # %% ../../nbs/parts/world.ipynb #008
@@ -92,10 +92,10 @@ def compose(seed: tuple, kind: str, signs: dict, new: bool = False, size: int = 
     return draw_scene(rng, glyphs, size)
 
 # %% ../../nbs/parts/world.ipynb #017
-NOUNS = WORLD['nouns']                  # {kind: words, with blanks between}
-POST_WORDS = WORLD['post_words']        # {emotion: words}
-CAPTION_WORDS = WORLD['caption_words']
-TEMPLATES = WORLD['templates']          # {post | bare | caption | tuning: list}
+NOUNS = CONTENT['nouns']                  # {kind: words, with blanks between}
+POST_WORDS = CONTENT['post_words']        # {emotion: words}
+CAPTION_WORDS = CONTENT['caption_words']
+TEMPLATES = CONTENT['templates']          # {post | bare | caption | tuning: list}
 
 # %% ../../nbs/parts/world.ipynb #019
 def write_text(rng, kind, emotion, caption=False):
